@@ -1,0 +1,42 @@
+# One command per need; CI calls the same ones.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+READY := $(VENV)/.ready
+BENCHES := speculation layer_parallel startup
+
+.PHONY: setup demo test check bench proto clean
+
+setup: $(READY)
+
+# torch first and by its exact version: whatever else wants torch then finds it there. DeepSpeed builds against it.
+$(READY): constraints.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch numpy setuptools wheel ninja packaging hatchling editables
+	$(PIP) install -c constraints.txt psutil py-cpuinfo einops hjson msgpack tqdm pydantic
+	$(PIP) install -c constraints.txt --no-build-isolation deepspeed
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PY) -m paceline.parallel.collectives
+	touch $@
+
+demo: setup
+	$(VENV)/bin/paceline generate --compare --max-tokens 96 "$$(printf 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n')"
+
+test: setup
+	$(PY) -m pytest
+
+check: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: setup
+	for name in $(BENCHES); do $(PY) -m benchmarks.$$name --output benchmarks/results/$$name.json || exit 1; done
+
+proto:
+	@echo "no .proto files yet: the gRPC front end and KV transfer bring them"
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Ray: processes, placement, failure. Thin, with no tensor mathematics."""

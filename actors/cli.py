@@ -1,0 +1,181 @@
+"""The command line: `paceline generate` and `paceline check-lossless`.
+
+Flags are the fields of `EngineConfig` and `SamplingParams`, so that they are written once. Exit
+codes: 0 done, 1 the engine failed or a check did, 2 the user can mend it, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, get_args
+
+import msgspec
+
+from paceline.runtime.config import EngineConfig, read_yaml, reject_unknown
+from paceline.runtime.errors import ConfigError, PacelineError, UserError
+from paceline.runtime.llm import LLM
+from paceline.runtime.types import SamplingParams
+
+EMBEDDED_DEFAULTS: dict[str, Any] = {
+    "tensor_parallel_size": 2,
+    "speculative_config": {
+        "model": "embedded/drafter",
+        "layer_parallel_size": 3,
+        "layer_parallel_policy": "block",
+    },
+}
+"""Without --model the embedded pair does the real job: two ranks, a layer-parallel drafter."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One clear line and exit code 2, without the usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    try:
+        args = _parser().parse_args(argv)
+        code: int = args.run(args)
+        return code
+    except UserError as error:
+        print(f"paceline: {error}", file=sys.stderr)
+        return 2
+    except PacelineError as error:
+        print(f"paceline: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("paceline: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+@contextlib.contextmanager
+def open_llm(settings: dict[str, Any]) -> Iterator[LLM]:
+    """An `LLM` where the config says: on Ray unless told otherwise."""
+    settings = dict(settings)
+    backend = settings.setdefault("distributed_executor_backend", "ray")
+    if backend == "ray":
+        from paceline.actors.app import ray_llm
+
+        llm = ray_llm(**settings)
+    else:
+        llm = LLM(**settings)
+    with llm:
+        yield llm
+
+
+def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Flags over the config file over the embedded pair's defaults."""
+    given = {
+        name: value
+        for name, value in vars(args).items()
+        if name in EngineConfig.__struct_fields__ and value is not None
+    }
+    file = read_yaml(args.config) if args.config else {}
+    known = (*EngineConfig.__struct_fields__, *SamplingParams.__struct_fields__)
+    reject_unknown(file, known, what=f"key in {args.config}")
+    settings = {k: v for k, v in file.items() if k in EngineConfig.__struct_fields__} | given
+    if "model" not in settings:
+        settings = EMBEDDED_DEFAULTS | settings
+    return settings
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Flags over the config file. The command line is greedy unless told otherwise."""
+    file = read_yaml(args.config) if args.config else {}
+    fields = SamplingParams.__struct_fields__
+    values = {"temperature": 0.0, "max_tokens": 128}
+    values |= {key: value for key, value in file.items() if key in fields}
+    values |= {k: v for k, v in vars(args).items() if k in fields and v is not None}
+    try:
+        return msgspec.convert(values, SamplingParams, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    from paceline.actors.commands import check_lossless, generate
+
+    parser = _Parser(prog="paceline", description="Lossless speculative decoding on Ray.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    for command in (generate, check_lossless):
+        sub = commands.add_parser(command.NAME, help=command.__doc__, description=command.__doc__)
+        command.add_arguments(sub)
+        engine = sub.add_argument_group("engine")
+        engine.add_argument(
+            "--config", metavar="FILE.yaml", help="All of these flags, as a mapping."
+        )
+        _add_fields(engine, EngineConfig, skip=command.POSITIONAL)
+        _add_fields(
+            sub.add_argument_group("sampling"), SamplingParams, skip=("seed",)
+        )  # --seed is the engine's
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def _add_fields(
+    group: argparse._ArgumentGroup, struct: type[msgspec.Struct], *, skip: tuple[str, ...]
+) -> None:
+    """One flag per field, its help being the field's description and its default."""
+    for field in msgspec.structs.fields(struct):
+        if field.name in skip:
+            continue
+        kind, help_text = _unwrap(field.type)
+        flag = "--" + field.name.replace("_", "-")
+        if field.default is not None:
+            help_text += f" (default: {field.default})"
+        help_text = help_text.replace("%", "%%")
+        if kind is bool:
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=help_text
+            )
+        else:
+            choices = get_args(kind) if str(kind).startswith("typing.Literal") else None
+            parse = kind if kind in (int, float) else _token_list if kind is tuple else str
+            group.add_argument(
+                flag,
+                type=parse,
+                choices=choices,
+                default=None,
+                help=help_text,
+                metavar=None if choices else "X",
+            )
+
+
+def _unwrap(annotation: Any) -> tuple[Any, str]:
+    """`Annotated[int | None, Meta(description=...)]` to `int` and the description."""
+    info = msgspec.inspect.type_info(annotation)
+    text = ""
+    while isinstance(info, msgspec.inspect.Metadata):
+        text = (info.extra_json_schema or {}).get("description", text)
+        info = info.type
+    if isinstance(info, msgspec.inspect.UnionType):
+        info = next(t for t in info.types if not isinstance(t, msgspec.inspect.NoneType))
+    if isinstance(info, msgspec.inspect.LiteralType):
+        return _literal(info.values), text
+    kinds: dict[type, type] = {
+        msgspec.inspect.IntType: int,
+        msgspec.inspect.FloatType: float,
+        msgspec.inspect.BoolType: bool,
+        msgspec.inspect.VarTupleType: tuple,
+    }
+    return kinds.get(type(info), str), text
+
+
+def _literal(values: tuple[Any, ...]) -> Any:
+    from typing import Literal
+
+    return Literal[values]
+
+
+def _token_list(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)

@@ -1,0 +1,1 @@
+"""The commands of `paceline`, one module each: NAME, POSITIONAL, add_arguments, run."""

@@ -1,0 +1,255 @@
+"""Continue prompts, and say where the time went."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from paceline.runtime.errors import ConfigError, PromptError
+from paceline.runtime.llm import LLM, Prompt, RequestOutput, TextPrompt, TokensPrompt
+from paceline.runtime.lossless import first_difference
+from paceline.runtime.types import RequestMetrics, SamplingParams
+
+NAME = "generate"
+POSITIONAL: tuple[str, ...] = ()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="Text to continue.")
+    parser.add_argument(
+        "--prompts-file",
+        metavar="F.jsonl",
+        help='One prompt a line: {"prompt": "..."} or {"prompt_token_ids": [...]}.',
+    )
+    parser.add_argument("--output", metavar="F.jsonl", help="Write one result a line there.")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="Also run without speculation and compare the tokens.",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from paceline.actors.cli import engine_settings, open_llm, sampling_params
+
+    started_s = time.perf_counter()
+    prompts = read_prompts(args.prompt, args.prompts_file)
+    params = sampling_params(args)
+    settings = engine_settings(args)
+    if args.output is not None and not Path(args.output).parent.is_dir():
+        raise ConfigError(f"--output: no folder {Path(args.output).parent}")
+    if args.compare and not settings.get("speculative_config"):
+        raise ConfigError("--compare needs a --speculative-config to compare with")
+    with open_llm(settings) as llm:
+        screen = Screen(sys.stdout, num_prompts=len(prompts), started_s=started_s)
+        outputs = _generate(llm, prompts, params, screen)
+        screen.table(outputs)
+        if args.output is not None:
+            with open(args.output, "w") as file:
+                file.writelines(json.dumps(_record(output)) + "\n" for output in outputs)
+        if args.compare:
+            plain = llm.generate(prompts, params, num_draft_tokens=0, use_tqdm=False)
+            screen.comparison(plain, outputs, greedy=params.greedy)
+    return 0
+
+
+def read_prompts(prompt: str | None, path: str | None) -> list[Prompt]:
+    """The prompts asked for. Raises PromptError, naming the line, for one that is none."""
+    if (prompt is None) == (path is None):
+        raise PromptError("give either PROMPT or --prompts-file")
+    if prompt is not None:
+        return [TextPrompt(prompt=prompt)]
+    assert path is not None
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise PromptError(f"cannot read {path}: {error.strerror}") from None
+    prompts = [
+        _read_prompt(line, f"{path}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not prompts:
+        raise PromptError(f"{path} has no prompts")
+    return prompts
+
+
+def _read_prompt(line: str, where: str) -> Prompt:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{where}: not JSON: {error}") from None
+    if not isinstance(value, dict) or len(value) != 1:
+        raise PromptError(f'{where}: expected {{"prompt": ...}} or {{"prompt_token_ids": [...]}}')
+    if isinstance(value.get("prompt"), str):
+        return TextPrompt(prompt=value["prompt"])
+    ids = value.get("prompt_token_ids")
+    if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
+        return TokensPrompt(prompt_token_ids=ids)
+    raise PromptError(f'{where}: expected {{"prompt": ...}} or {{"prompt_token_ids": [...]}}')
+
+
+def _generate(
+    llm: LLM, prompts: list[Prompt], params: SamplingParams, screen: Screen
+) -> list[RequestOutput]:
+    requests = llm.requests(prompts, params)
+    outputs = {request.request_id: output for request, output in requests}
+    for delta, text in llm.stream(requests):
+        screen.show(outputs[delta.request_id], text, ended=delta.finish_reason is not None)
+    return list(outputs.values())
+
+
+def _record(output: RequestOutput) -> dict[str, Any]:
+    """One line of the output file."""
+    completion, metrics = output.outputs[0], output.metrics
+    record: dict[str, Any] = {
+        "prompt": output.prompt,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+    }
+    if metrics is not None:
+        record |= {
+            "tokens_per_second": round(metrics.tokens_per_second, 2),
+            "rounds": metrics.rounds,
+            "drafted": metrics.drafted,
+            "accepted": metrics.accepted,
+            "draft_ms": round(metrics.times.draft_ms, 3),
+            "verify_ms": round(metrics.times.verify_ms, 3),
+            "calibrate_ms": round(metrics.times.calibrate_ms, 3),
+        }
+    return record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Several requests' metrics, added up."""
+
+    tokens: int
+    decode_s: float
+    rounds: int
+    drafted: int
+    accepted: int
+    stages: tuple[tuple[str, float], ...]
+    """Name and milliseconds."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.decode_s if self.decode_s else 0.0
+
+
+def add_up(outputs: list[RequestOutput]) -> Totals:
+    """Decoding only: tokens after each request's first."""
+    each: list[RequestMetrics] = [output.metrics for output in outputs if output.metrics]
+    decode_s = sum(m.decode_s for m in each)
+    stages = {
+        "calibrate (exact drafting pass)": sum(m.times.calibrate_ms for m in each),
+        "draft (other drafting passes)": sum(m.times.draft_ms for m in each),
+        "verify (target pass)": sum(m.times.verify_ms for m in each),
+    }
+    rest = max(0.0, decode_s * 1e3 - sum(stages.values()))
+    return Totals(
+        tokens=sum(m.num_tokens - 1 for m in each),
+        decode_s=decode_s,
+        rounds=sum(m.rounds for m in each),
+        drafted=sum(m.drafted for m in each),
+        accepted=sum(m.accepted for m in each),
+        stages=(*stages.items(), ("coordinate (plan, channel, bookkeeping)", rest)),
+    )
+
+
+class Screen:
+    """What a person sees: text on standard output, everything else on standard error."""
+
+    def __init__(self, out: IO[str], *, num_prompts: int, started_s: float) -> None:
+        from rich.console import Console
+
+        self._out = out
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live = out.isatty()
+        self._num_prompts = num_prompts
+        self._done = 0
+        self._begun: set[str] = set()
+        self._started_s = started_s
+        self._first_token_s: float | None = None
+
+    def show(self, output: RequestOutput, text: str, *, ended: bool) -> None:
+        """New text of one prompt; prompts run one after another, so texts never mix."""
+        if self._first_token_s is None:
+            self._first_token_s = time.perf_counter() - self._started_s
+        if output.request_id not in self._begun:
+            self._begun.add(output.request_id)
+            if self._num_prompts > 1:
+                self._out.write(f"--- {self._done + 1}/{self._num_prompts}\n")
+            if self._live and output.prompt is not None:
+                self._out.write(output.prompt)
+        self._out.write(text)
+        if ended:
+            self._done += 1
+            self._out.write("\n")
+            if self._live and self._num_prompts > 1 and output.metrics is not None:
+                self._console.print(
+                    f"[dim]{self._done}/{self._num_prompts} prompts, "
+                    f"{output.metrics.tokens_per_second:.0f} tokens/s[/dim]"
+                )
+        self._out.flush()
+
+    def table(self, outputs: list[RequestOutput]) -> None:
+        """Where the time went."""
+        from rich.table import Table
+
+        totals = add_up(outputs)
+        table = Table(title="Where the time went", title_justify="left")
+        for column in ("stage", "ms", "ms per round", "share"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        whole = totals.decode_s * 1e3
+        for name, ms in totals.stages:
+            if ms == 0.0 and not totals.drafted:
+                continue
+            per_round = ms / totals.rounds if totals.rounds else 0.0
+            share = 100 * ms / whole if whole else 0.0
+            table.add_row(name, f"{ms:.1f}", f"{per_round:.2f}", f"{share:.0f} %")
+        self._console.print(table)
+        line = f"{totals.tokens} tokens in {totals.decode_s:.2f} s: {totals.tokens_per_second:.0f} tokens/s"
+        if totals.drafted:
+            line += (
+                f"; {totals.accepted} of {totals.drafted} drafted tokens accepted, "
+                f"{totals.tokens / totals.rounds:.2f} tokens per round"
+            )
+        if self._first_token_s is not None:
+            line += f"; first token {self._first_token_s:.1f} s after the command"
+        self._console.print(line)
+
+    def comparison(
+        self, plain: list[RequestOutput], outputs: list[RequestOutput], *, greedy: bool
+    ) -> None:
+        """Whether speculation changed a token, and what it gained."""
+        before, after = add_up(plain), add_up(outputs)
+        gain = after.tokens_per_second / before.tokens_per_second if before.tokens else 0.0
+        self._console.print(
+            f"without speculation: {before.tokens_per_second:.0f} tokens/s; "
+            f"speculation makes it {gain:.2f} times as fast"
+        )
+        if not greedy:
+            self._console.print(
+                "sampling: texts with and without drafts differ, their distributions do not "
+                "(paceline check-lossless tests that)"
+            )
+            return
+        pairs = [(a, first_difference(a, b)) for a, b in zip(plain, outputs, strict=True)]
+        differing = [(a, found) for a, found in pairs if found is not None]
+        if not differing:
+            self._console.print(
+                f"tokens identical with and without speculation ({len(plain)} prompts)"
+            )
+        for output, found in differing:
+            self._console.print(
+                f"{output.request_id}: tokens differ from position {found.position} on, where the target preferred "
+                f"its token by a logit margin of {found.margin:.4f}"
+                + (" (a near-tie: rounding in its data type decides)" if found.margin < 0.1 else "")
+            )

@@ -1,0 +1,1 @@
+"""Doors to an engine: HTTP and gRPC."""

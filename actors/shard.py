@@ -1,0 +1,35 @@
+"""One rank of an engine in a Ray actor: a process on a device, in one long `run`."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+from paceline.parallel.rank import RankSpec
+from paceline.runtime.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Shard:
+    """Lives in one bundle of the engine's placement group. Loads nothing until `run`."""
+
+    def where(self) -> tuple[str, str]:
+        """The id and the address of its node."""
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+
+    def free_port(self) -> int:
+        """A port on its node, for the ranks to meet at."""
+        from paceline.parallel.launch import free_port
+
+        return free_port()
+
+    def run(self, config: EngineConfig, spec: RankSpec, address: str) -> None:
+        """Serve plans until the coordinator says stop, or its raylet is gone."""
+        logging.basicConfig(level=logging.INFO)
+        from paceline.runtime.rank import run_rank
+
+        parent = os.getppid()
+        run_rank(config, spec, address, alive=lambda: os.getppid() == parent)

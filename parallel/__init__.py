@@ -1,0 +1,2 @@
+"""How ranks cooperate: meshes, collectives, and who holds which part of a model. Never imports
+``runtime``."""

@@ -1,0 +1,120 @@
+"""Start the ranks of an engine: the process group, its axes, and, without Ray, the processes
+themselves."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.process
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from paceline.parallel.collectives import Alone, Collectives, ProcessGroup, shared_memory
+from paceline.parallel.mesh import Axis, Mesh
+from paceline.parallel.rank import RankSpec
+
+
+def solo_mesh(device: torch.device | str = "cpu") -> Mesh:
+    """A mesh of one rank, which needs no process group."""
+    axis = Axis(size=1, index=0, collectives=Alone())
+    return Mesh(rank=0, world=axis, target=axis, draft=axis, device=torch.device(device))
+
+
+def join(spec: RankSpec) -> Mesh:
+    """Meet the other ranks and return this one's mesh. Blocks for at most `timeout_s`; raises
+    RuntimeError then.
+
+    Sets the environment that NCCL, Gloo and DeepSpeed read, and the number of OpenMP threads: ranks
+    that share a CPU host share its cores.
+    """
+    if spec.device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // spec.local_size))
+    if spec.world_size == 1:
+        return solo_mesh(spec.device)
+    os.environ.update(
+        MASTER_ADDR=spec.master_addr,
+        MASTER_PORT=str(spec.master_port),
+        RANK=str(spec.rank),
+        WORLD_SIZE=str(spec.world_size),
+        LOCAL_RANK=str(spec.local_rank),
+        LOCAL_SIZE=str(spec.local_size),
+    )
+    device = (
+        torch.device("cuda", spec.device_index) if spec.device == "cuda" else torch.device("cpu")
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=spec.rank,
+        world_size=spec.world_size,
+        timeout=timedelta(seconds=spec.timeout_s),
+    )
+    alone = solo_mesh(device)
+    whole = Axis(size=spec.world_size, index=spec.rank, collectives=_world_collectives(spec, device))
+    mesh = replace(alone, rank=spec.rank, world=whole)
+    return reshape(mesh, target_size=spec.target_size, draft_size=spec.draft_size)
+
+
+def reshape(mesh: Mesh, *, target_size: int, draft_size: int) -> Mesh:
+    """The same ranks with other axes. Collective: every rank of the world calls it with the same sizes."""
+    assert max(target_size, draft_size) == mesh.world.size, "expected the wider axis to be the world"
+    return replace(mesh, target=_axis(mesh, target_size), draft=_axis(mesh, max(1, draft_size)))
+
+
+def leave() -> None:
+    """Part from the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        return int(sock.getsockname()[1])
+
+
+def spawn(
+    target: Callable[..., None], *, args: list[tuple[Any, ...]]
+) -> list[multiprocessing.process.BaseProcess]:
+    """One daemon process per entry of `args`, which ends with its parent. The caller joins or kills
+    them."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=target, args=each, daemon=True) for each in args]
+    for process in processes:
+        process.start()
+    return list(processes)
+
+
+def _world_collectives(spec: RankSpec, device: torch.device) -> Collectives:
+    # the kernel spins while it waits, so ranks that outnumber the cores would mostly wait for each
+    # other's turn
+    fits = spec.local_size == spec.world_size <= (os.cpu_count() or 1)
+    if device.type == "cpu" and spec.shared_memory and fits:
+        shared = shared_memory(rank=spec.rank, size=spec.world_size)
+        if shared is not None:
+            return shared
+    group = dist.group.WORLD
+    assert group is not None, "expected a process group, found none"
+    return ProcessGroup(group, size=spec.world_size)
+
+
+def _axis(mesh: Mesh, size: int) -> Axis:
+    """The first `size` ranks. Every rank must call this, in the same order: making a group is collective."""
+    index = mesh.rank if mesh.rank < size else None
+    if size == mesh.world.size:
+        return mesh.world
+    if size == 1:
+        return Axis(size=1, index=index, collectives=Alone())
+    # DeepSpeed's shared memory knows only the whole world, so a narrower axis talks through a group of its own.
+    group = dist.new_group(list(range(size)))
+    if index is None:
+        return Axis(size=size, index=None, collectives=Alone())
+    return Axis(size=size, index=index, collectives=ProcessGroup(group, size=size))

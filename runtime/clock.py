@@ -1,0 +1,24 @@
+"""Measuring the stages of a step."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class StageClock:
+    """Milliseconds between laps. On a GPU a lap waits for the work queued so far, so that it is
+    counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        elapsed_ms = (now - self._last) * 1e3
+        self._last = now
+        return elapsed_ms

@@ -1,0 +1,209 @@
+"""Everything a user can set, read once and passed down; nobody changes it afterwards.
+
+The flags of the command line, the keys of a YAML file and the keyword arguments of `LLM` are these
+fields under the same names (`tensor_parallel_size`, `--tensor-parallel-size`). Descriptions here
+are the `--help` text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from paceline.runtime.errors import ConfigError
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are drafted. `--speculative-config` takes these keys as JSON."""
+
+    method: Annotated[Literal["draft_model"], Meta(description="What proposes tokens.")] = (
+        "draft_model"
+    )
+    model: Annotated[
+        str, Meta(description="The drafter: a folder, a hub id, or `embedded/drafter`.")
+    ] = "embedded/drafter"
+    num_speculative_tokens: Annotated[
+        int, Meta(ge=1, le=64, description="Tokens drafted per round.")
+    ] = 5
+    layer_parallel_size: Annotated[
+        int,
+        Meta(
+            ge=1, description="Layers of the drafter that run side by side; 1 is plain speculation."
+        ),
+    ] = 1
+    layer_groups: Annotated[
+        tuple[tuple[int, ...], ...] | None,
+        Meta(
+            description="The groups themselves, as a list of lists; instead of layer_parallel_size."
+        ),
+    ] = None
+    exact_layers: Annotated[
+        tuple[int, ...],
+        Meta(description="Layers that always run alone; negative ones count from the end."),
+    ] = (0, -1)
+    layer_parallel_policy: Annotated[
+        Literal["attention", "block"],
+        Meta(description="Run attention side by side, or attention and MLP."),
+    ] = "attention"
+    placement: Annotated[
+        Literal["tensor", "layer"],
+        Meta(description="Split every layer over the draft ranks, or give each rank whole layers."),
+    ] = "tensor"
+    calibration: Annotated[
+        Literal["every_round", "on_mismatch", "never"],
+        Meta(description="After which rounds the drafter's KV is made exact again."),
+    ] = "on_mismatch"
+    draft_tensor_parallel_size: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Ranks the drafter runs on; the target's number if not given."),
+    ] = None
+    dtype: Annotated[
+        Dtype,
+        Meta(description="The drafter computes in this; auto: float32 on a CPU, else as stored."),
+    ] = "auto"
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One engine: a target, perhaps a drafter, and the ranks they run on."""
+
+    model: Annotated[
+        str,
+        Meta(
+            description="The target: a folder, a hub id, or `embedded` (the pair that ships with Paceline)."
+        ),
+    ] = "embedded"
+    dtype: Annotated[
+        Dtype,
+        Meta(
+            description="The target computes in this; auto: as stored, on a CPU bfloat16 only where it is fast."
+        ),
+    ] = "auto"
+    tensor_parallel_size: Annotated[
+        int, Meta(ge=1, description="Ranks the target is split over.")
+    ] = 1
+    max_model_len: Annotated[
+        Annotated[int, Meta(ge=2)] | None,
+        Meta(description="Longest prompt and output together; the model's own limit if not given."),
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int, Meta(ge=1, description="Most tokens of a prompt read in one pass.")
+    ] = 512
+    seed: Annotated[int, Meta(description="Seeds requests that bring no seed of their own.")] = 0
+    speculative_config: Annotated[
+        SpeculativeConfig | None,
+        Meta(description="How tokens are drafted, as JSON; null for no speculation."),
+    ] = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Meta(description="auto takes GPUs where there are any.")
+    ] = "auto"
+    distributed_executor_backend: Annotated[
+        Literal["ray", "mp", "uni"] | None,
+        Meta(
+            description="Where ranks live: Ray actors, local processes, or this process (one rank)."
+        ),
+    ] = None
+    disable_custom_all_reduce: Annotated[
+        bool,
+        Meta(
+            description="On a CPU host, sum over ranks by Gloo, which sleeps while it waits, instead "
+            "of DeepSpeed's shared memory, which spins: kinder where cores are shared."
+        ),
+    ] = False
+    ray_address: Annotated[
+        str | None,
+        Meta(description="The Ray cluster to join; RAY_ADDRESS if not given, else a local one."),
+    ] = None
+    placement_timeout_s: Annotated[
+        float, Meta(gt=0, description="How long to wait for the cluster to place the ranks.")
+    ] = 60.0
+    load_timeout_s: Annotated[
+        float, Meta(gt=0, description="How long to wait for every rank to start and load its part.")
+    ] = 600.0
+    step_timeout_s: Annotated[
+        float,
+        Meta(gt=0, description="How long a step may take before the engine gives its ranks up."),
+    ] = 120.0
+
+    @property
+    def draft_size(self) -> int:
+        """Ranks of the drafter; 0 without one."""
+        if self.speculative_config is None:
+            return 0
+        return self.speculative_config.draft_tensor_parallel_size or self.tensor_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        """Target and drafter share ranks from rank 0 on; the wider of the two decides."""
+        return max(self.tensor_parallel_size, self.draft_size)
+
+
+def make_config(settings: Mapping[str, Any]) -> EngineConfig:
+    """An `EngineConfig` from plain values. Raises ConfigError, in one line, for unknown keys and
+    bad values."""
+    values = {key.replace("-", "_"): value for key, value in settings.items()}
+    reject_unknown(values, EngineConfig.__struct_fields__, what="config key")
+    speculative = values.get("speculative_config")
+    if isinstance(speculative, str):
+        speculative = values["speculative_config"] = _json_object(speculative)
+    if isinstance(speculative, Mapping):
+        reject_unknown(
+            speculative, SpeculativeConfig.__struct_fields__, what="speculative_config key"
+        )
+    try:
+        config = msgspec.convert(values, EngineConfig, from_attributes=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_readable(str(error))) from None
+    if config.distributed_executor_backend == "uni" and config.world_size > 1:
+        raise ConfigError(
+            f"distributed_executor_backend uni has one rank; {config.world_size} are asked for"
+        )
+    return config
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError where it cannot be read or is no mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def reject_unknown(values: Mapping[str, Any], known: tuple[str, ...], *, what: str) -> None:
+    """Raise ConfigError for the first key that is not known, naming the one probably meant."""
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise ConfigError(f"unknown {what} {key!r}{hint}")
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"speculative_config is not valid JSON: {error}") from None
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError("speculative_config must be a JSON object")
+    return value
+
+
+def _readable(message: str) -> str:
+    """msgspec says `... - at `$.name``; users know it as `name`."""
+    reason, _, place = message.partition(" - at `$.")
+    return f"{place.rstrip('`')}: {reason[0].lower()}{reason[1:]}" if place else message

@@ -1,0 +1,50 @@
+"""Everything that can go wrong, and whose doing it is.
+
+PacelineError
+├── UserError (ValueError)        the user's: one line, exit code 2
+│   ├── ConfigError               a flag, a key or a value
+│   ├── ModelError                a folder, a file or an architecture
+│   ├── PromptError               a prompt or a sampling parameter
+│   └── PlacementError            more devices asked for than there are
+└── EngineError (RuntimeError)    ours or the machine's: exit code 1
+    ├── ShardError                a rank failed or died
+    └── DeadlineError             something did not answer in time
+"""
+
+from __future__ import annotations
+
+
+class PacelineError(Exception):
+    """Base of all errors Paceline raises on purpose."""
+
+
+class UserError(PacelineError, ValueError):
+    """Something the user can mend. The message is one line and says how."""
+
+
+class ConfigError(UserError):
+    """An unknown or impossible setting."""
+
+
+class ModelError(UserError):
+    """A model that is missing, damaged, unsupported or unfit for its partner."""
+
+
+class PromptError(UserError):
+    """A prompt or sampling parameter that cannot be served."""
+
+
+class PlacementError(UserError):
+    """The cluster cannot hold the ranks asked for."""
+
+
+class EngineError(PacelineError, RuntimeError):
+    """The engine cannot go on."""
+
+
+class ShardError(EngineError):
+    """A rank failed or died."""
+
+
+class DeadlineError(EngineError):
+    """What was waited for did not come in time."""

@@ -1,0 +1,1 @@
+"""The tensors behind the KV cache."""

@@ -1,0 +1,33 @@
+"""Token embedding and output head over a vocabulary that is split over ranks.
+
+Letters: T tokens, E width, V vocabulary entries here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paceline.parallel.mesh import Axis
+
+
+class Embedding:
+    """Rows of the table that this rank holds; the others contribute theirs by a sum."""
+
+    def __init__(self, table_VE: Tensor, *, offset: int, axis: Axis) -> None:
+        self._axis = axis
+        self._offset = offset
+        self._num_here = table_VE.shape[0]
+        self._split = axis.size > 1
+        # a row of zeros answers for every token that another rank holds
+        self._table = F.pad(table_VE, (0, 0, 0, 1)) if self._split else table_VE
+
+    def __call__(self, token_ids_T: Tensor) -> Tensor:
+        """`[T]` int64 to `[T, E]` float32, the same on every rank."""
+        if not self._split:
+            return F.embedding(token_ids_T, self._table).float()
+        local = token_ids_T - self._offset
+        here = (local >= 0) & (local < self._num_here)
+        rows = F.embedding(torch.where(here, local, self._num_here), self._table).float()
+        return self._axis.collectives.all_reduce_(rows)

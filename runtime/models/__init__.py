@@ -1,0 +1,1 @@
+"""Model families: their shapes, their weights, their forward pass."""

@@ -1,0 +1,1 @@
+"""The embedded pair: a tiny target, its drafter, their recipe and their measure."""

@@ -1,0 +1,52 @@
+"""The life of one rank, the same in a Ray actor and in a local process: meet, load, work, leave."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+from paceline.parallel.launch import join, leave
+from paceline.parallel.rank import RankSpec
+from paceline.runtime.channel import PlanReceiver
+from paceline.runtime.config import EngineConfig
+from paceline.runtime.types import StepResult
+from paceline.runtime.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+def run_rank(
+    config: EngineConfig, spec: RankSpec, address: str, *, alive: Callable[[], bool] = lambda: True
+) -> None:
+    """Serve plans from `address` until told to stop or `alive` is false. Failures are told to the
+    coordinator."""
+    channel = PlanReceiver(address, rank=spec.rank)
+    try:
+        try:
+            worker = Worker(config, join(spec))
+        except (
+            Exception
+        ) as error:  # whatever it is, the coordinator must hear of it rather than wait
+            logger.debug("rank %d cannot load", spec.rank, exc_info=True)
+            channel.failed(error)
+            return
+        channel.ready(worker.facts())
+        while (plan := channel.receive(alive=alive)) is not None:
+            try:
+                result = worker.step(plan)
+            except Exception as error:
+                logger.exception("rank %d failed in step %d", spec.rank, plan.step)
+                channel.answer(StepResult(step=plan.step, error=f"{type(error).__name__}: {error}"))
+                return
+            if spec.rank == 0:
+                channel.answer(result)
+    finally:
+        channel.close()
+        leave()
+
+
+def local_rank(config: EngineConfig, spec: RankSpec, address: str) -> None:
+    """A rank in a process of its own, which ends when its parent does."""
+    parent = os.getppid()
+    run_rank(config, spec, address, alive=lambda: os.getppid() == parent)

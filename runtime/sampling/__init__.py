@@ -1,0 +1,1 @@
+"""From logits to a distribution, and from a distribution to a token."""

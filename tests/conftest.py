@@ -1,0 +1,23 @@
+"""Fixtures that every folder of tests may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A folder with a small random Llama; the same arguments give the same folder."""
+    made: dict[str, Path] = {}
+
+    def make(**shape: object) -> Path:
+        name = "-".join(f"{key}_{value}" for key, value in sorted(shape.items())) or "plain"
+        if name not in made:
+            made[name] = save_tiny(tmp_path_factory.mktemp("tiny"), **shape)  # type: ignore[arg-type]
+        return made[name]
+
+    return make

@@ -1,0 +1,295 @@
+"""Nothing the user wrote is skipped, and what is wrong with it fits in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import inspect
+
+from paceline.actors.cli import main
+from paceline.runtime.config import (
+    EngineConfig,
+    SpeculativeConfig,
+    make_config,
+    read_yaml,
+)
+from paceline.runtime.errors import ConfigError
+from paceline.runtime.types import SamplingParams
+
+GENERATE_FLAGS = [
+    "--help",
+    "--prompts-file",
+    "--output",
+    "--compare",
+    "--config",
+    "--model",
+    "--dtype",
+    "--tensor-parallel-size",
+    "--max-model-len",
+    "--max-num-batched-tokens",
+    "--seed",
+    "--speculative-config",
+    "--device",
+    "--distributed-executor-backend",
+    "--disable-custom-all-reduce",
+    "--no-disable-custom-all-reduce",
+    "--ray-address",
+    "--placement-timeout-s",
+    "--load-timeout-s",
+    "--step-timeout-s",
+    "--max-tokens",
+    "--temperature",
+    "--top-k",
+    "--top-p",
+    "--min-p",
+    "--ignore-eos",
+    "--no-ignore-eos",
+    "--stop-token-ids",
+]
+
+
+def refusal(settings: dict[Any, Any]) -> str:
+    """The one line that refuses these settings."""
+    with pytest.raises(ConfigError) as refused:
+        make_config(settings)
+    line = str(refused.value)
+    assert "\n" not in line
+    return line
+
+
+def test_defaults_alone_are_a_config() -> None:
+    assert make_config({}) == EngineConfig()
+
+
+def test_unknown_key_suggests_the_nearest() -> None:
+    line = refusal({"tensor_paralel_size": 2})
+    assert line == "unknown config key 'tensor_paralel_size'; did you mean tensor_parallel_size?"
+
+
+def test_unknown_key_inside_speculative_config_suggests_the_nearest() -> None:
+    line = refusal({"speculative_config": {"num_speculative_token": 2}})
+    assert line == (
+        "unknown speculative_config key 'num_speculative_token'; did you mean num_speculative_tokens?"
+    )
+
+
+def test_unknown_key_that_resembles_nothing_lists_the_known() -> None:
+    line = refusal({"zzz": 1})
+    assert line.startswith("unknown config key 'zzz'; known: model, dtype, tensor_parallel_size")
+
+
+@pytest.mark.parametrize("key", [1, None, True])
+def test_key_that_is_no_string_inside_speculative_config_is_refused(key: Any) -> None:
+    assert "unknown speculative_config key" in refusal({"speculative_config": {key: 1}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "reason"),
+    [
+        ({"tensor_parallel_size": "two"}, "tensor_parallel_size", "expected `int`, got `str`"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size", "expected `int` >= 1"),
+        ({"tensor_parallel_size": 1.5}, "tensor_parallel_size", "expected `int`, got `float`"),
+        ({"max_model_len": 1}, "max_model_len", "expected `int` >= 2"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens", "expected `int` >= 1"),
+        ({"dtype": "int4"}, "dtype", "invalid enum value 'int4'"),
+        ({"device": "tpu"}, "device", "invalid enum value 'tpu'"),
+        ({"step_timeout_s": 0}, "step_timeout_s", "expected `float` > 0.0"),
+        ({"seed": None}, "seed", "expected `int`, got `null`"),
+        ({"model": ["a"]}, "model", "expected `str`, got `array`"),
+        (
+            {"speculative_config": {"num_speculative_tokens": 65}},
+            "speculative_config.num_speculative_tokens",
+            "expected `int` <= 64",
+        ),
+        (
+            {"speculative_config": {"num_speculative_tokens": 0}},
+            "speculative_config.num_speculative_tokens",
+            "expected `int` >= 1",
+        ),
+        (
+            {"speculative_config": {"calibration": "sometimes"}},
+            "speculative_config.calibration",
+            "invalid enum value 'sometimes'",
+        ),
+        (
+            {"speculative_config": {"draft_tensor_parallel_size": 0}},
+            "speculative_config.draft_tensor_parallel_size",
+            "expected `int` >= 1",
+        ),
+        (
+            {"speculative_config": {"exact_layers": ["first"]}},
+            "speculative_config.exact_layers[0]",
+            "expected `int`, got `str`",
+        ),
+        ({"speculative_config": 5}, "speculative_config", "expected `object | null`, got `int`"),
+    ],
+)
+def test_wrong_type_or_range_names_the_setting_and_what_was_expected(
+    settings: dict[str, Any], name: str, reason: str
+) -> None:
+    line = refusal(settings)
+    assert line.startswith(f"{name}: {reason}")
+
+
+def test_one_process_cannot_hold_two_ranks() -> None:
+    line = refusal({"distributed_executor_backend": "uni", "tensor_parallel_size": 2})
+    assert line == "distributed_executor_backend uni has one rank; 2 are asked for"
+
+
+def test_dashes_are_underscores() -> None:
+    assert make_config({"tensor-parallel-size": 3}) == EngineConfig(tensor_parallel_size=3)
+
+
+def test_speculative_config_may_be_a_json_string() -> None:
+    config = make_config({"speculative_config": '{"model": "m", "num_speculative_tokens": 3}'})
+    assert config.speculative_config == SpeculativeConfig(model="m", num_speculative_tokens=3)
+
+
+def test_json_string_and_mapping_mean_the_same() -> None:
+    mapping = {"layer_groups": [[0], [1, 2]], "exact_layers": [0]}
+    text = '{"layer_groups": [[0], [1, 2]], "exact_layers": [0]}'
+    assert make_config({"speculative_config": mapping}) == make_config({"speculative_config": text})
+
+
+def test_speculative_config_may_be_a_struct() -> None:
+    spec = SpeculativeConfig(num_speculative_tokens=2)
+    assert make_config({"speculative_config": spec}).speculative_config == spec
+
+
+@pytest.mark.parametrize("nothing", [None, "null"])
+def test_null_speculative_config_means_no_speculation(nothing: str | None) -> None:
+    config = make_config({"speculative_config": nothing})
+    assert config.speculative_config is None
+    assert config.draft_size == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{model: x}", "speculative_config is not valid JSON"),
+        ("[1]", "speculative_config must be a JSON object"),
+        ('"x"', "speculative_config must be a JSON object"),
+    ],
+)
+def test_bad_json_in_speculative_config_is_refused(text: str, reason: str) -> None:
+    assert reason in refusal({"speculative_config": text})
+
+
+@pytest.mark.parametrize(
+    ("target", "drafter", "world"), [(1, None, 1), (2, None, 2), (2, 1, 2), (1, 3, 3)]
+)
+def test_wider_of_target_and_drafter_is_the_world(
+    target: int, drafter: int | None, world: int
+) -> None:
+    spec = SpeculativeConfig(draft_tensor_parallel_size=drafter)
+    config = EngineConfig(tensor_parallel_size=target, speculative_config=spec)
+    assert config.world_size == world
+    assert config.draft_size == (drafter or target)
+
+
+def test_config_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError, match="immutable"):
+        EngineConfig().seed = 1  # type: ignore[misc]
+
+
+# ----------------------------------------------------------------------------------------------- YAML
+
+
+def yaml_file(folder: Path, text: str | bytes) -> str:
+    path = folder / "paceline.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_yaml_keys_may_have_dashes(tmp_path: Path) -> None:
+    assert read_yaml(yaml_file(tmp_path, "max-model-len: 64\n")) == {"max_model_len": 64}
+
+
+def test_empty_yaml_sets_nothing(tmp_path: Path) -> None:
+    assert read_yaml(yaml_file(tmp_path, "# nothing yet\n")) == {}
+
+
+def test_nested_yaml_becomes_a_speculative_config(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "speculative-config:\n  num_speculative_tokens: 7\n")
+    spec = make_config(read_yaml(path)).speculative_config
+    assert spec == SpeculativeConfig(num_speculative_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("model: [unclosed", "is not valid YAML"),
+        ("model: a: b", "is not valid YAML"),
+        ("- a\n- b\n", "must hold a mapping"),
+        ("just words", "must hold a mapping"),
+        (b"\xff\xfe\x00bad", "is not valid"),
+    ],
+)
+def test_bad_yaml_is_refused_in_one_line(tmp_path: Path, text: str | bytes, reason: str) -> None:
+    path = yaml_file(tmp_path, text)
+    with pytest.raises(ConfigError, match=reason) as refused:
+        read_yaml(path)
+    assert path in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_missing_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*absent.yaml: No such file"):
+        read_yaml(str(tmp_path / "absent.yaml"))
+
+
+# -------------------------------------------------------------------------------------- the fields
+
+
+def fields() -> list[Any]:
+    return [
+        pytest.param(struct, field, id=f"{struct.__name__}.{field.name}")
+        for struct in (EngineConfig, SpeculativeConfig, SamplingParams)
+        for field in msgspec.structs.fields(struct)
+    ]
+
+
+@pytest.mark.parametrize(("struct", "field"), fields())
+def test_every_field_has_a_default(
+    struct: type[msgspec.Struct], field: msgspec.structs.FieldInfo
+) -> None:
+    assert not field.required
+
+
+@pytest.mark.parametrize(("struct", "field"), fields())
+def test_every_field_has_a_description(
+    struct: type[msgspec.Struct], field: msgspec.structs.FieldInfo
+) -> None:
+    info = inspect.type_info(field.type)
+    assert isinstance(info, inspect.Metadata)
+    description = (info.extra_json_schema or {}).get("description", "")
+    assert description.endswith(".")
+
+
+def test_flags_of_generate_change_only_on_purpose(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--help"])
+    assert ended.value.code == 0
+    options = capsys.readouterr().out.partition("options:")[2]
+    starts = re.findall(r"^  ((?:-h, )?--.*)$", options, flags=re.MULTILINE)
+    flags = [flag for start in starts for flag in re.findall(r"(?<![\w-])--[a-z-]+", start)]
+    assert list(dict.fromkeys(flags)) == GENERATE_FLAGS
+
+
+@pytest.mark.parametrize("struct", [EngineConfig, SamplingParams])
+def test_help_says_what_every_setting_does(
+    struct: type[msgspec.Struct], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in msgspec.structs.fields(struct):
+        info = inspect.type_info(field.type)
+        assert isinstance(info, inspect.Metadata)
+        description = (info.extra_json_schema or {})["description"]
+        if (struct, field.name) != (SamplingParams, "seed"):  # --seed is the engine's
+            assert " ".join(description.split()) in shown

@@ -1,0 +1,152 @@
+"""What the tests ask ranks to do. Every rank runs the same function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.parallel.layer import exact_groups
+from paceline.parallel.mesh import Mesh
+from paceline.parallel.tensor import best_two, gather_vocabulary
+from paceline.runtime.config import make_config
+from paceline.runtime.engine import Engine, make_scheduler
+from paceline.runtime.loading import load_drafter
+from paceline.runtime.models.arch import read_architecture
+from paceline.runtime.models.llama import load_decoder
+from paceline.runtime.models.model import Model
+from paceline.runtime.models.weights import Checkpoint
+from paceline.runtime.types import Request, SamplingParams, StepPlan, StepResult
+from paceline.runtime.worker import Worker
+
+LONGEST = 256
+
+
+def logits(mesh: Mesh, folder: str, token_ids: list[int], chunks: list[int]) -> list[list[float]]:
+    """The target's logits of every token, fed in chunks."""
+    arch = read_architecture(Path(folder))
+    decoder = load_decoder(
+        Checkpoint(Path(folder)),
+        arch,
+        groups=exact_groups(arch.num_layers),
+        axis=mesh.target,
+        dtype=torch.float32,
+        device=mesh.device,
+    )
+    model = Model(
+        decoder, num_regions=1, max_len=LONGEST, kv_dtype=torch.float32, device=mesh.device
+    )
+    rows, start = [], 0
+    with torch.inference_mode():
+        for size in chunks:
+            ids = model.tokens(token_ids[start : start + size])
+            h = decoder.exact(model.rows(ids, start=start, region=0))
+            rows.append(
+                gather_vocabulary(
+                    decoder.logits(h), axis=decoder.axis, widths=decoder.vocabulary_widths
+                )
+            )
+            start += size
+    return [[float(x) for x in row] for row in torch.cat(rows)]
+
+
+def grouped_logits(
+    mesh: Mesh, folder: str, prompt: list[int], token_ids: list[int], speculative: dict[str, Any]
+) -> list[list[float]]:
+    """The drafter's logits: the prompt exact, then each token in a grouped pass of its own."""
+    config = make_config(
+        {
+            "model": folder,
+            "tensor_parallel_size": mesh.target.size,
+            "speculative_config": {"model": folder, "dtype": "float32", **speculative},
+        }
+    )
+    drafter = load_drafter(config, mesh, num_regions=1)
+    if drafter is None:
+        return []
+    model, decoder = drafter.model, drafter.model.decoder
+    found = []
+    with torch.inference_mode():
+        decoder.exact(model.rows(model.tokens(prompt), start=0, region=0))
+        for offset, token_id in enumerate(token_ids):
+            rows = model.rows(model.tokens([token_id]), start=len(prompt) + offset, region=0)
+            part = decoder.logits(drafter._layer_parallel.grouped(rows))
+            found.append(
+                gather_vocabulary(part, axis=decoder.axis, widths=decoder.vocabulary_widths)[0]
+            )
+    return [[float(x) for x in row] for row in found]
+
+
+class Lockstep:
+    """An executor for an engine that every rank runs for itself: they all make the same plans."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def step(self, plan: StepPlan) -> StepResult:
+        return self._worker.step(plan)
+
+    def close(self) -> None:
+        pass
+
+
+def generate(
+    mesh: Mesh, settings: dict[str, Any], prompts: list[list[int]], params: SamplingParams
+) -> list[dict[str, Any]]:
+    """Continue prompts with a whole engine on every rank."""
+    sizes = {"tensor_parallel_size": mesh.target.size}
+    if settings.get("speculative_config"):
+        speculative = {
+            **settings["speculative_config"],
+            "draft_tensor_parallel_size": mesh.draft.size,
+        }
+        settings = {**settings, "speculative_config": speculative}
+    config = make_config({**settings, **sizes})
+    scheduler = make_scheduler(config, max_model_len=LONGEST)
+    engine = Engine(scheduler, Lockstep(Worker(config, mesh)))
+    requests = [
+        Request(
+            request_id=str(number),
+            prompt_token_ids=tuple(prompt),
+            params=params,
+            seed=(params.seed or 0) + number,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    engine.submit(requests)
+    texts: dict[str, dict[str, Any]] = {
+        r.request_id: {"token_ids": [], "accepted": 0} for r in requests
+    }
+    while scheduler.has_work:
+        for delta in engine.step():
+            texts[delta.request_id]["token_ids"] += delta.token_ids
+            texts[delta.request_id]["accepted"] += delta.num_accepted
+        scheduler.check()
+    return list(texts.values())
+
+
+def collectives(mesh: Mesh) -> dict[str, Any]:
+    """Each verb once, on numbers that depend on the rank."""
+    comm, rank = mesh.world.collectives, mesh.rank
+    total = comm.all_reduce_(torch.full((3, 5), float(rank + 1)))
+    rows = comm.all_gather(torch.tensor([[float(rank), 2.0**23 + rank]]))
+    told = torch.tensor([7, 2**24 - 1, 0]) if rank == 0 else torch.zeros(3, dtype=torch.int64)
+    comm.broadcast_(told)
+    half = comm.all_reduce_(torch.full((4,), float(rank + 1), dtype=torch.bfloat16))
+    return {
+        "name": comm.name,
+        "sum": total.tolist(),
+        "rows": rows.tolist(),
+        "told": told.tolist(),
+        "half": half.float().tolist(),
+    }
+
+
+def best_of_ties(mesh: Mesh) -> tuple[list[int], list[float]]:
+    """Rows whose best logits are equal, within a rank and across ranks."""
+    row = torch.tensor([[0.0, 3.0, 1.0, 3.0], [5.0, 1.0, 5.0, 5.0], [0.0, 1.0, 2.0, 4.0]])
+    here = row.chunk(mesh.world.size, dim=1)[mesh.rank]
+    offset = mesh.rank * here.shape[1]
+    ids, margins = best_two(here.contiguous(), offset=offset, axis=mesh.world)
+    return ids.tolist(), margins.tolist()
