@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from typing import Any
 
@@ -33,6 +34,7 @@ from paceline.runtime.types import Request, TokenDelta
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
+CONNECT_S = 5.0
 
 
 def ray_llm(model: str = "embedded", **settings: Any) -> LLM:
@@ -133,12 +135,13 @@ class RayEngine:
 
 
 def _init_ray(config: EngineConfig) -> None:
+    """Join the cluster of the config or of RAY_ADDRESS, or start one of our own."""
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         settings |= {"address": "local", "include_dashboard": False}
     else:
+        _knock(address)
         settings |= {"address": address}
     try:
         ray.init(**settings)
@@ -146,6 +149,17 @@ def _init_ray(config: EngineConfig) -> None:
         raise PlacementError(
             f"cannot reach Ray at {address}: {str(error).splitlines()[0]}"
         ) from None
+
+
+def _knock(address: str) -> None:
+    """Ray itself waits for minutes before it says that nobody is there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # "auto" and the like
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise PlacementError(f"cannot reach Ray at {address}: {error.strerror or error}") from None
 
 
 def _use_gpu(config: EngineConfig) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args
 
 import msgspec
 
-from paceline.runtime.config import EngineConfig, read_yaml, reject_unknown
+from paceline.runtime.config import EngineConfig, read_yaml, readable, reject_unknown
 from paceline.runtime.errors import ConfigError, PacelineError, UserError
 from paceline.runtime.llm import LLM
 from paceline.runtime.types import SamplingParams
@@ -99,7 +99,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     try:
         return msgspec.convert(values, SamplingParams, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(readable(str(error))) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,4 +178,9 @@ def _literal(values: tuple[Any, ...]) -> Any:
 
 
 def _token_list(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected ids with commas between, found {text!r}"
+        ) from None

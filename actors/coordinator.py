@@ -142,10 +142,11 @@ class Coordinator:
                     with self._changed:
                         self._outbox += deltas
                         self._changed.notify_all()
-        except EngineError as error:
-            logger.error("engine lost: %s", error)
+        except Exception as error:  # whatever it is, clients must hear of it rather than wait
+            logger.exception("engine lost")
+            known = isinstance(error, EngineError)
             with self._changed:
-                self._error = str(error)
+                self._error = str(error) if known else f"{type(error).__name__}: {error}"
                 self._changed.notify_all()
         finally:
             engine.close()

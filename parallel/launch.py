@@ -57,14 +57,18 @@ def join(spec: RankSpec) -> Mesh:
         timeout=timedelta(seconds=spec.timeout_s),
     )
     alone = solo_mesh(device)
-    whole = Axis(size=spec.world_size, index=spec.rank, collectives=_world_collectives(spec, device))
+    whole = Axis(
+        size=spec.world_size, index=spec.rank, collectives=_world_collectives(spec, device)
+    )
     mesh = replace(alone, rank=spec.rank, world=whole)
     return reshape(mesh, target_size=spec.target_size, draft_size=spec.draft_size)
 
 
 def reshape(mesh: Mesh, *, target_size: int, draft_size: int) -> Mesh:
     """The same ranks with other axes. Collective: every rank of the world calls it with the same sizes."""
-    assert max(target_size, draft_size) == mesh.world.size, "expected the wider axis to be the world"
+    assert max(target_size, draft_size) == mesh.world.size, (
+        "expected the wider axis to be the world"
+    )
     return replace(mesh, target=_axis(mesh, target_size), draft=_axis(mesh, max(1, draft_size)))
 
 

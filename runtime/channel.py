@@ -88,8 +88,12 @@ class PlanSender:
     def step(self, plan: StepPlan, *, timeout_s: float) -> StepResult:
         """Send a plan to every rank and wait for rank 0's result, or any rank's failure."""
         body = _out.encode(plan)
-        for identity in self._identities:
-            self._socket.send_multipart((identity, body))
+        for rank, identity in enumerate(self._identities):
+            try:
+                self._socket.send_multipart((identity, body))
+            except zmq.ZMQError:  # no such peer any more
+                gone = self._watch() or f"rank {rank} is gone"
+                raise ShardError(f"{gone}, found when sending step {plan.step}") from None
         deadline = time.monotonic() + timeout_s
         while True:
             answer = self._receive(deadline, waiting_for=f"step {plan.step}")
@@ -122,7 +126,12 @@ class PlanSender:
             if time.monotonic() > deadline:
                 raise DeadlineError(f"waited too long for {waiting_for}")
         _, body = self._socket.recv_multipart()
-        message: Hello | Answer = _answers_in.decode(body)
+        try:
+            message: Hello | Answer = _answers_in.decode(body)
+        except msgspec.DecodeError as error:
+            raise ShardError(f"a rank sent what is no message: {error}") from None
+        if message.rank >= len(self._identities):
+            raise ShardError(f"rank {message.rank} spoke, of {len(self._identities)}")
         version = message.version if isinstance(message, Hello) else message.result.version
         if version != WIRE_VERSION:
             raise ShardError(
@@ -158,6 +167,10 @@ class PlanReceiver:
             if not alive():
                 return None
         plan = _plans_in.decode(self._socket.recv())
+        if plan.version != WIRE_VERSION:
+            raise ShardError(
+                f"the coordinator speaks version {plan.version}, this rank {WIRE_VERSION}: mixed installations"
+            )
         return None if plan.shutdown else plan
 
     def answer(self, result: StepResult) -> None:

@@ -161,7 +161,7 @@ def make_config(settings: Mapping[str, Any]) -> EngineConfig:
     try:
         config = msgspec.convert(values, EngineConfig, from_attributes=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(_readable(str(error))) from None
+        raise ConfigError(readable(str(error))) from None
     if config.distributed_executor_backend == "uni" and config.world_size > 1:
         raise ConfigError(
             f"distributed_executor_backend uni has one rank; {config.world_size} are asked for"
@@ -175,7 +175,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
@@ -188,7 +188,7 @@ def reject_unknown(values: Mapping[str, Any], known: tuple[str, ...], *, what: s
     """Raise ConfigError for the first key that is not known, naming the one probably meant."""
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
             raise ConfigError(f"unknown {what} {key!r}{hint}")
 
@@ -203,7 +203,7 @@ def _json_object(text: str) -> dict[str, Any] | None:
     return value
 
 
-def _readable(message: str) -> str:
+def readable(message: str) -> str:
     """msgspec says `... - at `$.name``; users know it as `name`."""
     reason, _, place = message.partition(" - at `$.")
     return f"{place.rstrip('`')}: {reason[0].lower()}{reason[1:]}" if place else message

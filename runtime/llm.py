@@ -231,7 +231,7 @@ class LLM:
         else:
             assert not isinstance(prompt, str)
             given = prompt.get("prompt_token_ids")
-            if not isinstance(given, list) or not all(isinstance(i, int) for i in given):
+            if not isinstance(given, list) or not all(type(i) is int for i in given):
                 raise PromptError("a prompt is a string, or has `prompt` or `prompt_token_ids`")
             token_ids = given
         if not token_ids:

@@ -31,7 +31,7 @@ def local_engine(config: EngineConfig, facts: Facts) -> Engine:
         )
     executor: Executor
     if config.world_size == 1 and config.distributed_executor_backend != "mp":
-        executor = InProcess(config, device=device)
+        executor = InProcess(Worker(config, solo_mesh(device)))
     else:
         executor = LocalProcesses(config, device=device)
     return Engine(make_scheduler(config, max_model_len=facts.max_model_len), executor)
@@ -47,13 +47,16 @@ def local_devices(wanted: str) -> tuple[str, int]:
 
 
 class InProcess:
-    """Satisfies `Executor` with one rank, in this process."""
+    """Satisfies `Executor` with this process' own rank.
 
-    def __init__(self, config: EngineConfig, *, device: str) -> None:
-        self.worker = Worker(config, solo_mesh(device))
+    The others, if there are any, must run the same engine in lockstep: all then make the same plans.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
 
     def step(self, plan: StepPlan) -> StepResult:
-        return self.worker.step(plan)
+        return self._worker.step(plan)
 
     def close(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What can be refused before anything is started: models, tokenizers, lengths. Needs no torch."""
+"""What can be refused before anything is started: models, tokenizers, lengths."""
 
 from __future__ import annotations
 

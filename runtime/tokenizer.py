@@ -54,7 +54,10 @@ def generation_eos(folder: Path) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     if not path.exists():
         return ()
-    value = json.loads(path.read_text()).get("eos_token_id")
+    try:
+        value = json.loads(path.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged: {error}") from None
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 

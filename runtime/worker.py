@@ -23,6 +23,7 @@ from paceline.parallel.tensor import best_two, gather_vocabulary
 from paceline.runtime.clock import StageClock
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.loading import load_drafter, load_target
+from paceline.runtime.models.model import Model
 from paceline.runtime.sampling.filters import distribution
 from paceline.runtime.sampling.sampler import RoundUniforms
 from paceline.runtime.spec.drafter import Draft, Drafter
@@ -67,9 +68,17 @@ class Emitted:
 class Worker:
     """A rank's models and the requests they work on. `step` is its one hot method."""
 
-    def __init__(self, config: EngineConfig, mesh: Mesh, *, num_regions: int = 1) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        mesh: Mesh,
+        *,
+        num_regions: int = 1,
+        target: Model | None = None,
+    ) -> None:
+        """`target` is one already loaded on this rank, for several drafters to share in turn."""
         self.mesh = mesh
-        self.target = load_target(config, mesh, num_regions=num_regions)
+        self.target = target or load_target(config, mesh, num_regions=num_regions)
         self.drafter: Drafter | None = load_drafter(config, mesh, num_regions=num_regions)
         self._speculates = config.speculative_config is not None
         self.sequences: dict[str, Sequence] = {}

@@ -69,6 +69,8 @@ def read_prompts(prompt: str | None, path: str | None) -> list[Prompt]:
         lines = Path(path).read_text().splitlines()
     except OSError as error:
         raise PromptError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path} is not UTF-8: {error}") from None
     prompts = [
         _read_prompt(line, f"{path}:{number}")
         for number, line in enumerate(lines, start=1)
@@ -89,7 +91,7 @@ def _read_prompt(line: str, where: str) -> Prompt:
     if isinstance(value.get("prompt"), str):
         return TextPrompt(prompt=value["prompt"])
     ids = value.get("prompt_token_ids")
-    if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
+    if isinstance(ids, list) and all(type(i) is int for i in ids):
         return TokensPrompt(prompt_token_ids=ids)
     raise PromptError(f'{where}: expected {{"prompt": ...}} or {{"prompt_token_ids": [...]}}')
 

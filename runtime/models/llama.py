@@ -234,9 +234,11 @@ def load_decoder(
     vocabulary = split(arch.vocab_size, axis.size, axis.index)
     checkpoint.check_shape("model.embed_tokens.weight", (arch.vocab_size, arch.hidden_size))
     embedding = place.put(checkpoint.read("model.embed_tokens.weight", rows=vocabulary))
-    if arch.tied_embeddings or "lm_head.weight" not in checkpoint:
+    checkpoint.check_shape("model.norm.weight", (arch.hidden_size,))
+    if arch.tied_embeddings:
         head = embedding
     else:
+        checkpoint.check_shape("lm_head.weight", (arch.vocab_size, arch.hidden_size))
         head = place.put(checkpoint.read("lm_head.weight", rows=vocabulary))
     return Decoder(
         arch,
@@ -365,7 +367,9 @@ def _load_mlp(place: _Place, prefix: str, ff: range) -> dict[str, Tensor]:
 
 def _check_shapes(checkpoint: Checkpoint, arch: Architecture, layers: tuple[int, ...]) -> None:
     E, D = arch.hidden_size, arch.head_dim
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (E,),
+        "post_attention_layernorm": (E,),
         "self_attn.q_proj": (arch.num_heads * D, E),
         "self_attn.k_proj": (arch.num_kv_heads * D, E),
         "self_attn.v_proj": (arch.num_kv_heads * D, E),

@@ -97,8 +97,8 @@ class Checkpoint:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
             try:
-                home = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
+                home = dict(json.loads(index.read_text())["weight_map"].items())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelError(f"{index} is damaged: {error}") from None
             missing = sorted({file for file in home.values() if not (self.folder / file).exists()})
             if missing:

@@ -53,17 +53,18 @@ class RunningRequest:
         else:
             self.rounds += 1
             self.drafted += result.num_drafted
-            self.accepted += result.num_accepted
             self.times = self.times.plus(result.times)
-        for count, token_id in enumerate(result.token_ids, start=1):
-            self.token_ids.append(token_id)
+        count, reason = 0, None
+        while count < len(result.token_ids) and reason is None:
+            self.token_ids.append(result.token_ids[count])
+            count += 1
             reason = self.stop_reason()
-            if reason is not None:
-                return result.token_ids[:count], reason
-        return result.token_ids, None
+        self.accepted += min(count, result.num_accepted)
+        return result.token_ids[:count], reason
 
     def metrics(self, *, now_s: float) -> RequestMetrics:
         """How it went, once it is over."""
+        first_token_s = self.first_token_s if self.token_ids else now_s
         return RequestMetrics(
             num_prompt_tokens=len(self.request.prompt_token_ids),
             num_tokens=len(self.token_ids),
@@ -71,6 +72,6 @@ class RunningRequest:
             drafted=self.drafted,
             accepted=self.accepted,
             times=self.times,
-            prefill_ms=(self.first_token_s - self.started_s) * 1e3,
-            decode_s=now_s - self.first_token_s,
+            prefill_ms=(first_token_s - self.started_s) * 1e3,
+            decode_s=now_s - first_token_s,
         )

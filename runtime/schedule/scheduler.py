@@ -59,6 +59,7 @@ class Scheduler:
         assert total <= self._max_model_len, (
             f"expected at most {self._max_model_len} tokens, found {total}"
         )
+        assert request.request_id not in self._running, f"{request.request_id} is here already"
         self._waiting.append(request)
 
     def abort(self, request_id: str) -> TokenDelta | None:

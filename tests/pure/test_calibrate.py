@@ -20,8 +20,6 @@ from hypothesis.stateful import (
 
 from paceline.runtime.spec.calibrate import Calibration, DraftRows, FirstPass
 
-GROUPED_POLICIES = list(Calibration)
-
 
 @dataclass
 class Row:

@@ -57,7 +57,9 @@ def test_every_layer_is_in_one_group_in_order(cut: tuple[int, int, list[int]]) -
 
 
 @given(cuts())
-def test_exact_layers_stand_alone_and_no_group_is_too_large(cut: tuple[int, int, list[int]]) -> None:
+def test_exact_layers_stand_alone_and_no_group_is_too_large(
+    cut: tuple[int, int, list[int]],
+) -> None:
     num_layers, size, exact = cut
     groups = layer_groups(num_layers, size=size, exact=exact)
     assert all((layer % num_layers,) in groups for layer in exact)

@@ -13,11 +13,12 @@ from paceline.parallel.tensor import best_two, gather_vocabulary
 from paceline.runtime.config import make_config
 from paceline.runtime.engine import Engine, make_scheduler
 from paceline.runtime.loading import load_drafter
+from paceline.runtime.local import InProcess
 from paceline.runtime.models.arch import read_architecture
 from paceline.runtime.models.llama import load_decoder
 from paceline.runtime.models.model import Model
 from paceline.runtime.models.weights import Checkpoint
-from paceline.runtime.types import Request, SamplingParams, StepPlan, StepResult
+from paceline.runtime.types import Request, SamplingParams
 from paceline.runtime.worker import Worker
 
 LONGEST = 256
@@ -78,19 +79,6 @@ def grouped_logits(
     return [[float(x) for x in row] for row in found]
 
 
-class Lockstep:
-    """An executor for an engine that every rank runs for itself: they all make the same plans."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    def step(self, plan: StepPlan) -> StepResult:
-        return self._worker.step(plan)
-
-    def close(self) -> None:
-        pass
-
-
 def generate(
     mesh: Mesh, settings: dict[str, Any], prompts: list[list[int]], params: SamplingParams
 ) -> list[dict[str, Any]]:
@@ -104,7 +92,7 @@ def generate(
         settings = {**settings, "speculative_config": speculative}
     config = make_config({**settings, **sizes})
     scheduler = make_scheduler(config, max_model_len=LONGEST)
-    engine = Engine(scheduler, Lockstep(Worker(config, mesh)))
+    engine = Engine(scheduler, InProcess(Worker(config, mesh)))
     requests = [
         Request(
             request_id=str(number),

@@ -1,0 +1,70 @@
+"""Small random models, saved by transformers as their publishers would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+torch.set_num_threads(1)
+
+SaveModel = Callable[..., tuple[Path, PreTrainedModel]]
+
+
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
+    """`save_model(config, seed=0, **how)`: a folder, and the same model in transformers.
+
+    Every weight is random, norms and biases too: what is at its initial 1 or 0 would hide a mistake.
+    """
+
+    def save(
+        config: PreTrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32, **how: Any
+    ) -> tuple[Path, PreTrainedModel]:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+        folder = tmp_path_factory.mktemp(config.model_type)
+        model = model.to(dtype)
+        model.save_pretrained(folder, **how)
+        return folder, model
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def llama_config() -> Callable[..., LlamaConfig]:
+    """`llama_config(**changes)`: a Llama of four narrow layers."""
+
+    def make(**changes: Any) -> LlamaConfig:
+        shape: dict[str, Any] = {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "max_position_embeddings": 128,
+        }
+        return LlamaConfig(**(shape | changes))
+
+    return make
+
+
+@pytest.fixture
+def rewrite_config() -> Callable[..., None]:
+    """`rewrite_config(folder, drop=(...), **changes)` edits a folder's config.json."""
+
+    def rewrite(folder: Path, *, drop: tuple[str, ...] = (), **changes: Any) -> None:
+        path = folder / "config.json"
+        values = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in values.items() if k not in drop}))
+
+    return rewrite

@@ -1,0 +1,145 @@
+"""`LLM` in one process: speculation changes nothing but the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from paceline import LLM, SamplingParams
+from paceline.runtime.errors import ConfigError, EngineError, PromptError
+from paceline.runtime.lossless import check_distribution, check_greedy
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9]]
+AS_TOKENS = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+
+
+def open_llm(tiny: Callable[..., Path], **speculative: object) -> LLM:
+    drafter = str(tiny(seed=0, noise=0.03))
+    given = {"model": drafter, "num_speculative_tokens": 4, **speculative}
+    return LLM(str(tiny(seed=0)), dtype="float32", speculative_config=given)
+
+
+@pytest.mark.parametrize("calibration", ["every_round", "on_mismatch", "never"])
+@pytest.mark.parametrize("policy", ["attention", "block"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_greedy_text_does_not_depend_on_the_drafter(
+    tiny: Callable[..., Path], size: int, policy: str, calibration: str
+) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+    with open_llm(
+        tiny, layer_parallel_size=size, layer_parallel_policy=policy, calibration=calibration
+    ) as llm:
+        plain = llm.generate(AS_TOKENS, params, num_draft_tokens=0)
+        drafted = llm.generate(AS_TOKENS, params)
+    assert [o.outputs[0].token_ids for o in drafted] == [o.outputs[0].token_ids for o in plain]
+    assert all(o.metrics is not None and o.metrics.accepted > 0 for o in drafted)
+
+
+def test_greedy_text_does_not_depend_on_the_draft_length(
+    tiny: Callable[..., Path],
+) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+    with open_llm(tiny, layer_parallel_size=2) as llm:
+        texts = [
+            [o.outputs[0].token_ids for o in llm.generate(AS_TOKENS, params, num_draft_tokens=n)]
+            for n in (0, 1, 2, 3, 4)
+        ]
+    assert all(text == texts[0] for text in texts)
+
+
+def test_sampled_text_is_a_function_of_its_seed(tiny: Callable[..., Path]) -> None:
+    params = [
+        SamplingParams(temperature=1.0, max_tokens=20, seed=seed, ignore_eos=True)
+        for seed in (1, 2, 1)
+    ]
+    with open_llm(tiny, layer_parallel_size=2) as llm:
+        together = llm.generate([AS_TOKENS[0]] * 3, params)
+        alone = llm.generate([AS_TOKENS[0]], params[1])
+    texts = [o.outputs[0].token_ids for o in together]
+    assert texts[0] == texts[2] != texts[1]
+    assert alone[0].outputs[0].token_ids == texts[1]
+
+
+@pytest.mark.parametrize("policy", ["attention", "block"])
+def test_sampling_with_drafts_has_the_targets_distribution(
+    tiny: Callable[..., Path], policy: str
+) -> None:
+    """End to end: prompts, drafts, verification, KV of both models. The control shows that the test has power."""
+    params = SamplingParams(temperature=1.0, top_k=6)
+    with open_llm(
+        tiny, layer_parallel_size=2, layer_parallel_policy=policy, num_speculative_tokens=2
+    ) as llm:
+        found = check_distribution(llm, AS_TOKENS[0], samples=1000, params=params)
+    assert found.powerful, found
+    assert found.passed, found
+
+
+def test_greedy_check_reports_no_difference(tiny: Callable[..., Path]) -> None:
+    with open_llm(tiny, layer_parallel_size=2) as llm:
+        found = check_greedy(llm, list(AS_TOKENS), max_tokens=24, near_tie=0.0)
+    assert found.passed
+    assert found.differences == ()
+    assert found.tokens == 72
+
+
+def test_prompts_are_read_in_chunks_without_changing_the_text(tiny: Callable[..., Path]) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    long = {"prompt_token_ids": [(5 * i * i + i) % 61 for i in range(90)]}
+    texts = []
+    for chunk in (7, 40, 512):
+        with LLM(str(tiny(seed=0)), dtype="float32", max_num_batched_tokens=chunk) as llm:
+            texts.append(llm.generate(long, params)[0].outputs[0].token_ids)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_two_engines_live_in_one_process(tiny: Callable[..., Path]) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    with open_llm(tiny) as one, LLM(str(tiny(seed=4)), dtype="float32") as two:
+        first = one.generate(AS_TOKENS, params)
+        other = two.generate(AS_TOKENS, params)
+        again = one.generate(AS_TOKENS, params)
+    assert [o.outputs[0].token_ids for o in first] == [o.outputs[0].token_ids for o in again]
+    assert [o.outputs[0].token_ids for o in first] != [o.outputs[0].token_ids for o in other]
+
+
+def test_leaving_a_stream_early_frees_its_requests(tiny: Callable[..., Path]) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True)
+    with open_llm(tiny) as llm:
+        for _ in llm.stream(llm.requests(AS_TOKENS, params)):
+            break
+        after = llm.generate(AS_TOKENS, params)
+    assert [len(o.outputs[0].token_ids) for o in after] == [50, 50, 50]
+
+
+def test_max_tokens_is_cut_to_the_context(tiny: Callable[..., Path]) -> None:
+    with LLM(str(tiny(seed=0)), dtype="float32", max_model_len=20) as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=500, ignore_eos=True)
+        output = llm.generate(AS_TOKENS[0], params)[0]
+        assert len(output.outputs[0].token_ids) == 15
+        assert output.outputs[0].finish_reason == "length"
+        with pytest.raises(PromptError, match="the context holds 20"):
+            llm.generate({"prompt_token_ids": [1] * 20}, params)
+
+
+def test_bad_prompts_and_parameters_are_refused(tiny: Callable[..., Path]) -> None:
+    with LLM(str(tiny(seed=0)), dtype="float32") as llm:
+        for prompt, words in (
+            ({"prompt_token_ids": []}, "empty"),
+            ({"prompt_token_ids": [61]}, "outside the vocabulary"),
+            ("text", "no tokenizer"),
+        ):
+            with pytest.raises(PromptError, match=words):
+                llm.generate(prompt)
+        with pytest.raises(PromptError, match="temperature"):
+            llm.generate(AS_TOKENS[0], SamplingParams(temperature=-1.0))
+    with pytest.raises(EngineError, match="closed"):
+        llm.generate(AS_TOKENS[0])
+
+
+def test_groups_that_do_not_fit_the_drafter_are_refused(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="once each and in order"):
+        open_llm(tiny, layer_groups=[[0], [2, 1], [3, 4, 5]])
+    with pytest.raises(ConfigError, match="exact layer 9"):
+        open_llm(tiny, layer_parallel_size=2, exact_layers=[9])

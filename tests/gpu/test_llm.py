@@ -1,0 +1,41 @@
+"""One GPU, in process, without Ray: the same text as the CPU's, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from paceline import LLM, SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+PROMPTS = [{"prompt_token_ids": [3, 1, 4, 1, 5]}, {"prompt_token_ids": [9, 2, 6]}]
+
+
+@pytest.mark.parametrize("policy", ["attention", "block"])
+def test_gpu_and_cpu_write_the_same_greedy_text(tiny: Callable[..., Path], policy: str) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+    speculative = {
+        "model": str(tiny(seed=0, noise=0.03)),
+        "layer_parallel_size": 2,
+        "layer_parallel_policy": policy,
+    }
+    texts = []
+    for device in ("cpu", "cuda"):
+        with LLM(
+            str(tiny(seed=0)), dtype="float32", device=device, speculative_config=speculative
+        ) as llm:
+            for budget in (0, None):
+                outputs = llm.generate(PROMPTS, params, num_draft_tokens=budget)
+                texts.append([output.outputs[0].token_ids for output in outputs])
+    assert all(text == texts[0] for text in texts)
+
+
+def test_bfloat16_runs_on_a_gpu(tiny: Callable[..., Path]) -> None:
+    with LLM(str(tiny(seed=0)), dtype="bfloat16", device="cuda") as llm:
+        output = llm.generate(
+            PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+        )
+    assert len(output[0].outputs[0].token_ids) == 8
