@@ -65,6 +65,7 @@ def load_drafter(config: EngineConfig, mesh: Mesh, *, num_regions: int) -> Draft
         mesh=mesh,
         num_regions=num_regions,
         max_len=context_length(config.max_model_len, target),
+        vocab_size=target.vocab_size,
     )
     layer_parallel = LayerParallel(
         model.decoder,
@@ -73,7 +74,11 @@ def load_drafter(config: EngineConfig, mesh: Mesh, *, num_regions: int) -> Draft
         axis=mesh.draft,
     )
     return DraftModel(
-        model, layer_parallel, calibration=Calibration(spec.calibration), axis=mesh.draft
+        model,
+        layer_parallel,
+        calibration=Calibration(spec.calibration),
+        axis=mesh.draft,
+        vocab_size=target.vocab_size,
     )
 
 
@@ -106,6 +111,7 @@ def _load(
     mesh: Mesh,
     num_regions: int,
     max_len: int,
+    vocab_size: int | None = None,
 ) -> Model:
     # products of a few rows are latency, not bandwidth, on a CPU: float32 attention is three times
     # as fast there
@@ -114,7 +120,13 @@ def _load(
         arch, mesh.device, num_slots=num_regions * max_len, ranks=axis.size, width=kv_dtype.itemsize
     )
     decoder = load_decoder(
-        Checkpoint(folder), arch, groups=groups, axis=axis, dtype=dtype, device=mesh.device
+        Checkpoint(folder),
+        arch,
+        groups=groups,
+        axis=axis,
+        dtype=dtype,
+        device=mesh.device,
+        vocab_size=vocab_size,
     )
     return Model(
         decoder, num_regions=num_regions, max_len=max_len, kv_dtype=kv_dtype, device=mesh.device

@@ -13,19 +13,23 @@ from paceline.parallel.mesh import Axis
 
 
 class Embedding:
-    """Rows of the table that this rank holds; the others contribute theirs by a sum."""
+    """Rows of the table that this rank holds; the others contribute theirs by a sum.
 
-    def __init__(self, table_VE: Tensor, *, offset: int, axis: Axis) -> None:
+    A token that no rank holds, such as one that only a drafter's target knows, is a row of zeros.
+    """
+
+    def __init__(self, table_VE: Tensor, *, offset: int, axis: Axis, num_ids: int) -> None:
+        """`num_ids` is how many token ids there are in all."""
         self._axis = axis
         self._offset = offset
         self._num_here = table_VE.shape[0]
-        self._split = axis.size > 1
-        # a row of zeros answers for every token that another rank holds
-        self._table = F.pad(table_VE, (0, 0, 0, 1)) if self._split else table_VE
+        self._partial = table_VE.shape[0] < num_ids
+        # a row of zeros answers for every token that is not here
+        self._table = F.pad(table_VE, (0, 0, 0, 1)) if self._partial else table_VE
 
     def __call__(self, token_ids_T: Tensor) -> Tensor:
         """`[T]` int64 to `[T, E]` float32, the same on every rank."""
-        if not self._split:
+        if not self._partial:
             return F.embedding(token_ids_T, self._table).float()
         local = token_ids_T - self._offset
         here = (local >= 0) & (local < self._num_here)

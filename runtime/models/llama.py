@@ -173,18 +173,20 @@ class Decoder:
         embedding: Tensor,
         head: Tensor,
         final_norm: Tensor,
-        vocabulary: range,
+        vocab_size: int,
+        num_ids: int,
         axis: Axis,
     ) -> None:
+        """Computes logits of `vocab_size` tokens, and may be fed any of `num_ids`."""
         self.arch = arch
         self.groups = groups
         self.axis = axis
-        self.vocabulary = vocabulary
+        assert axis.index is not None, "expected a rank of the axis"
+        self.vocab_size = vocab_size
+        self.vocabulary = split(vocab_size, axis.size, axis.index)
         """Token ids whose logits this rank computes."""
-        self.vocabulary_widths = [
-            len(split(arch.vocab_size, axis.size, r)) for r in range(axis.size)
-        ]
-        self._embed = Embedding(embedding, offset=vocabulary.start, axis=axis)
+        self.vocabulary_widths = [len(split(vocab_size, axis.size, r)) for r in range(axis.size)]
+        self._embed = Embedding(embedding, offset=self.vocabulary.start, axis=axis, num_ids=num_ids)
         self._head = Linear(head)
         self._head_dtype = head.dtype
         self._final_norm = final_norm  # [E]
@@ -223,15 +225,22 @@ def load_decoder(
     axis: Axis,
     dtype: torch.dtype,
     device: torch.device,
+    vocab_size: int | None = None,
 ) -> Decoder:
-    """Read this rank's part of a model. Raises ModelError where files and config.json disagree."""
+    """Read this rank's part of a model. Raises ModelError where files and config.json disagree.
+
+    `vocab_size` cuts the vocabulary: families pad it differently from size to size, and a drafter must not propose
+    what its target does not know.
+    """
     assert axis.index is not None, "expected a rank of the axis"
     place = _Place(checkpoint, arch=arch, dtype=dtype, device=device, first=axis.index == 0)
     loaded = [
         _load_group(place, number, layers, ranks=axis.size, rank=axis.index)
         for number, layers in enumerate(groups)
     ]
-    vocabulary = split(arch.vocab_size, axis.size, axis.index)
+    num_ids = vocab_size or arch.vocab_size
+    vocab_size = min(arch.vocab_size, num_ids)
+    vocabulary = split(vocab_size, axis.size, axis.index)
     checkpoint.check_shape("model.embed_tokens.weight", (arch.vocab_size, arch.hidden_size))
     embedding = place.put(checkpoint.read("model.embed_tokens.weight", rows=vocabulary))
     checkpoint.check_shape("model.norm.weight", (arch.hidden_size,))
@@ -246,7 +255,8 @@ def load_decoder(
         embedding=embedding,
         head=head,
         final_norm=checkpoint.read("model.norm.weight").float().to(device),
-        vocabulary=vocabulary,
+        vocab_size=vocab_size,
+        num_ids=num_ids,
         axis=axis,
     )
 

@@ -9,6 +9,7 @@ The last draft is never fed back: its row would be the next round's to write any
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from paceline.parallel.mesh import Axis
@@ -34,7 +35,10 @@ class DraftModel:
         *,
         calibration: Calibration,
         axis: Axis,
+        vocab_size: int,
     ) -> None:
+        """`vocab_size` is the target's: rows of probabilities have its width."""
+        self._vocab_size = vocab_size
         self.model = model
         self._layer_parallel = layer_parallel
         self._calibration = calibration
@@ -124,5 +128,6 @@ class DraftModel:
         token = torch.zeros(1, dtype=torch.int64, device=full.device)
         if self._axis.index == 0:
             probs = distribution(full, request.params)
+            probs = F.pad(probs, (0, self._vocab_size - probs.shape[1]))
             token[0] = draw(probs[0], uniforms(depth, purpose=Purpose.DRAFT))
         return self._axis.collectives.broadcast_(token), probs

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from paceline import LLM, SamplingParams
 from paceline.runtime.errors import ConfigError, EngineError, PromptError
@@ -19,6 +22,14 @@ def open_llm(tiny: Callable[..., Path], **speculative: object) -> LLM:
     drafter = str(tiny(seed=0, noise=0.03))
     given = {"model": drafter, "num_speculative_tokens": 4, **speculative}
     return LLM(str(tiny(seed=0)), dtype="float32", speculative_config=given)
+
+
+def with_tokenizer(folder: Path, copy: Path) -> Path:
+    """A copy of a model with a tokenizer of 50 words, fewer than any of these vocabularies."""
+    shutil.copytree(folder, copy)
+    words = Tokenizer(WordLevel({f"word{i}": i for i in range(50)}, unk_token="word0"))
+    words.save(str(copy / "tokenizer.json"))
+    return copy
 
 
 @pytest.mark.parametrize("calibration", ["every_round", "on_mismatch", "never"])
@@ -92,6 +103,26 @@ def test_prompts_are_read_in_chunks_without_changing_the_text(tiny: Callable[...
         with LLM(str(tiny(seed=0)), dtype="float32", max_num_batched_tokens=chunk) as llm:
             texts.append(llm.generate(long, params)[0].outputs[0].token_ids)
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("vocab_size", [50, 70])
+def test_drafter_may_pad_its_vocabulary_otherwise(
+    tiny: Callable[..., Path], tmp_path: Path, vocab_size: int
+) -> None:
+    target = str(with_tokenizer(tiny(seed=0), tmp_path / "target"))
+    drafter = str(with_tokenizer(tiny(seed=0, vocab_size=vocab_size), tmp_path / "drafter"))
+    given = {"model": drafter, "layer_parallel_size": 2}
+    with (
+        LLM(target, dtype="float32") as plain,
+        LLM(target, dtype="float32", speculative_config=given) as speculative,
+    ):
+        greedy = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+        expected = plain.generate(AS_TOKENS, greedy)
+        found = speculative.generate(AS_TOKENS, greedy)
+        hot = SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True)
+        sampled = speculative.generate(AS_TOKENS, hot)
+    assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in expected]
+    assert all(max(o.outputs[0].token_ids) < 61 for o in sampled)
 
 
 def test_two_engines_live_in_one_process(tiny: Callable[..., Path]) -> None:

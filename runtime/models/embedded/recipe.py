@@ -114,7 +114,7 @@ TARGET_BUDGET = Budget(
     share_of_tests=0.3,
 )
 DRAFTER_BUDGET = Budget(
-    phases=(Phase(length=256, tokens=4_600_000),),
+    phases=(Phase(length=256, tokens=3_600_000),),
     batch_tokens=4096,
     matrix_rate=0.02,
     other_rate=0.004,
@@ -294,7 +294,7 @@ class Distillation:
 
     grouped_weight: float = 0.7
     """Weight of stream F's loss against stream E's; 0 trains the control."""
-    own_text_tokens: int = 500_000
+    own_text_tokens: int = 200_000
     """Greedy text to let the target write, prompts included."""
     own_text_every: int = 3
     """Every how many steps one is taken from that text."""
