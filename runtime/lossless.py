@@ -23,6 +23,9 @@ from paceline.runtime.llm import LLM, Prompt, RequestOutput
 from paceline.runtime.types import SamplingParams
 
 CONTROL_TEMPERATURE_FACTOR = 1.5
+NEAR_TIE = 0.1
+"""Logit margin that rounding in a 16-bit data type can turn round."""
+NEAR_TIE_FLOAT32 = 1e-3
 PASS_P_VALUE = 1e-3
 CONTROL_P_VALUE = 1e-3
 

@@ -7,7 +7,12 @@ from typing import Any
 
 from paceline.runtime.errors import ConfigError
 from paceline.runtime.llm import Prompt, TextPrompt, TokensPrompt
-from paceline.runtime.lossless import check_distribution, check_greedy
+from paceline.runtime.lossless import (
+    NEAR_TIE,
+    NEAR_TIE_FLOAT32,
+    check_distribution,
+    check_greedy,
+)
 
 NAME = "check-lossless"
 POSITIONAL = ("model",)
@@ -28,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=None,
         metavar="X",
-        help="Logit margin that rounding may turn round (default: 0.001 in float32, 0.1 otherwise).",
+        help="Logit margin that rounding may turn round (default: 0.001 in float32, else 0.1).",
     )
 
 
@@ -42,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_params(args)
     with open_llm(settings) as llm:
         dtype = llm.config.dtype if llm.config.dtype != "auto" else llm.facts.arch.dtype
-        near_tie = (
-            args.near_tie if args.near_tie is not None else 0.001 if dtype == "float32" else 0.1
-        )
+        near_tie = args.near_tie
+        if near_tie is None:
+            near_tie = NEAR_TIE_FLOAT32 if dtype == "float32" else NEAR_TIE
         prompts = _prompts(
             args.prompts, has_text=llm.facts.tokenizer is not None, vocab=llm.facts.arch.vocab_size
         )

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from paceline.actors.status_line import StatusLine
 from paceline.runtime.errors import ConfigError, PromptError
 from paceline.runtime.llm import LLM, Prompt, RequestOutput, TextPrompt, TokensPrompt
-from paceline.runtime.lossless import first_difference
+from paceline.runtime.lossless import NEAR_TIE, first_difference
 from paceline.runtime.types import RequestMetrics, SamplingParams
 
 NAME = "generate"
 POSITIONAL: tuple[str, ...] = ()
+PROGRESS_EVERY_S = 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
                 file.writelines(json.dumps(_record(output)) + "\n" for output in outputs)
         if args.compare:
             plain = llm.generate(prompts, params, num_draft_tokens=0, use_tqdm=False)
-            screen.comparison(plain, outputs, greedy=params.greedy)
+            return 0 if screen.comparison(plain, outputs, greedy=params.greedy) else 1
     return 0
 
 
@@ -101,8 +103,10 @@ def _generate(
 ) -> list[RequestOutput]:
     requests = llm.requests(prompts, params)
     outputs = {request.request_id: output for request, output in requests}
-    for delta, text in llm.stream(requests):
-        screen.show(outputs[delta.request_id], text, ended=delta.finish_reason is not None)
+    with StatusLine(sys.stderr) as status:
+        for delta, text in llm.stream(requests):
+            screen.show(outputs[delta.request_id], text, ended=delta.finish_reason is not None)
+            screen.progress(status, len(delta.token_ids), delta.num_accepted)
     return list(outputs.values())
 
 
@@ -178,12 +182,14 @@ class Screen:
         self._done = 0
         self._begun: set[str] = set()
         self._started_s = started_s
-        self._first_token_s: float | None = None
+        self._first_token_at: float | None = None
+        self._last_progress_s = 0.0
+        self._tokens = self._accepted = 0
 
     def show(self, output: RequestOutput, text: str, *, ended: bool) -> None:
         """New text of one prompt; prompts run one after another, so texts never mix."""
-        if self._first_token_s is None:
-            self._first_token_s = time.perf_counter() - self._started_s
+        if self._first_token_at is None:
+            self._first_token_at = time.perf_counter()
         if output.request_id not in self._begun:
             self._begun.add(output.request_id)
             if self._num_prompts > 1:
@@ -194,12 +200,20 @@ class Screen:
         if ended:
             self._done += 1
             self._out.write("\n")
-            if self._live and self._num_prompts > 1 and output.metrics is not None:
-                self._console.print(
-                    f"[dim]{self._done}/{self._num_prompts} prompts, "
-                    f"{output.metrics.tokens_per_second:.0f} tokens/s[/dim]"
-                )
         self._out.flush()
+
+    def progress(self, status: StatusLine, num_tokens: int, num_accepted: int) -> None:
+        """Keep the line at the foot up to date, a few times a second."""
+        self._tokens, self._accepted = self._tokens + num_tokens, self._accepted + num_accepted
+        now = time.perf_counter()
+        if now - self._last_progress_s < PROGRESS_EVERY_S or self._first_token_at is None:
+            return
+        self._last_progress_s = now
+        rate = self._tokens / max(1e-9, now - self._first_token_at)
+        status.show(
+            f"{self._done}/{self._num_prompts} prompts, {self._tokens} tokens, {rate:.0f} tokens/s, "
+            f"{100 * self._accepted / max(1, self._tokens):.0f} % of them drafted"
+        )
 
     def table(self, outputs: list[RequestOutput]) -> None:
         """Where the time went."""
@@ -223,14 +237,15 @@ class Screen:
                 f"; {totals.accepted} of {totals.drafted} drafted tokens accepted, "
                 f"{totals.tokens / totals.rounds:.2f} tokens per round"
             )
-        if self._first_token_s is not None:
-            line += f"; first token {self._first_token_s:.1f} s after the command"
+        if self._first_token_at is not None:
+            waited_s = self._first_token_at - self._started_s
+            line += f"; first token {waited_s:.1f} s after the command"
         self._console.print(line)
 
     def comparison(
         self, plain: list[RequestOutput], outputs: list[RequestOutput], *, greedy: bool
-    ) -> None:
-        """Whether speculation changed a token, and what it gained."""
+    ) -> bool:
+        """Whether speculation changed a token beyond rounding, and what it gained. True where all is well."""
         before, after = add_up(plain), add_up(outputs)
         gain = after.tokens_per_second / before.tokens_per_second if before.tokens else 0.0
         self._console.print(
@@ -242,7 +257,7 @@ class Screen:
                 "sampling: texts with and without drafts differ, their distributions do not "
                 "(paceline check-lossless tests that)"
             )
-            return
+            return True
         pairs = [(a, first_difference(a, b)) for a, b in zip(plain, outputs, strict=True)]
         differing = [(a, found) for a, found in pairs if found is not None]
         if not differing:
@@ -253,5 +268,6 @@ class Screen:
             self._console.print(
                 f"{output.request_id}: tokens differ from position {found.position} on, where the target preferred "
                 f"its token by a logit margin of {found.margin:.4f}"
-                + (" (a near-tie: rounding in its data type decides)" if found.margin < 0.1 else "")
+                + (": a near-tie, which rounding decides" if found.margin <= NEAR_TIE else "")
             )
+        return all(found.margin <= NEAR_TIE for _, found in differing)
