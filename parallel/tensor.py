@@ -42,6 +42,18 @@ def best_two(logits_PV: Tensor, *, offset: int, axis: Axis) -> tuple[Tensor, Ten
     return ids, best - others.amax(dim=0)
 
 
+def best_one(logits_1V: Tensor, *, offset: int, axis: Axis) -> Tensor:
+    """The best token of a single row, `[1]` int64, the same on every rank: `best_two` without margins.
+
+    It stands between two drafting passes, where every kernel counts.
+    """
+    value_1, id_1 = logits_1V.max(dim=1)
+    if axis.size == 1:
+        return id_1 + offset
+    all_R = axis.collectives.all_gather(torch.cat((value_1, (id_1 + offset).float())))  # [R, 2]
+    return all_R[all_R[:, 0].argmax(), 1:].long()
+
+
 def gather_vocabulary(logits_PV: Tensor, *, axis: Axis, widths: list[int]) -> Tensor:
     """Full rows from the ranks' parts: `[P, V]` here to float32 `[P, sum(widths)]` on every
     rank."""

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from paceline.runtime.models.arch import Architecture
 
+READY_ELEMENTS = 2**24
+"""Up to here rotations are kept for every position, in the shape a pass wants them: 64 MiB each of cos and sin."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
@@ -43,12 +46,21 @@ class RopeTable:
         self._cos_MD = torch.cat((cos, cos), dim=1).to(device)
         self._sin_MD = torch.cat((-sin, sin), dim=1).to(device)
         self._scale = arch.head_dim**-0.5
+        self._ready: dict[int, Rotation] = {}
 
     def rotation(self, start: int, *, num_tokens: int, queries: int) -> Rotation:
         """For tokens at positions `start` and on, whose units have `queries` query heads."""
         rows = slice(start, start + num_tokens)
+        if self._cos_MD.numel() * (queries + 2) > READY_ELEMENTS:
+            return self._make(rows, queries=queries)
+        if queries not in self._ready:
+            self._ready[queries] = self._make(slice(None), queries=queries)
+        ready = self._ready[queries]
+        return Rotation(cos=ready.cos[rows], sin=ready.sin[rows])
+
+    def _make(self, rows: slice, *, queries: int) -> Rotation:
         cos_TD, sin_TD = self._cos_MD[rows, None], self._sin_MD[rows, None]  # [T, 1, D]
-        cos = torch.ones(num_tokens, queries + 2, cos_TD.shape[-1], device=cos_TD.device)
+        cos = torch.ones(cos_TD.shape[0], queries + 2, cos_TD.shape[-1], device=cos_TD.device)
         sin = torch.zeros_like(cos)
         cos[:, :queries] = cos_TD * self._scale
         sin[:, :queries] = sin_TD * self._scale

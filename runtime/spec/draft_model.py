@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paceline.parallel.mesh import Axis
-from paceline.parallel.tensor import best_two, gather_vocabulary
+from paceline.parallel.tensor import best_one, gather_vocabulary
 from paceline.runtime.clock import StageClock
 from paceline.runtime.models.model import Model
 from paceline.runtime.sampling.filters import distribution
@@ -119,7 +119,7 @@ class DraftModel:
             # ranks of a split vocabulary exchange candidates and all see the same ones, bit for
             # bit; whole copies of a drafter (placement `layer`) each compute their own, so there
             # rank 0's word counts
-            token, _ = best_two(logits, offset=decoder.vocabulary.start, axis=decoder.axis)
+            token = best_one(logits, offset=decoder.vocabulary.start, axis=decoder.axis)
             return (
                 token if decoder.axis is self._axis else self._axis.collectives.broadcast_(token)
             ), None

@@ -9,7 +9,7 @@ import torch
 
 from paceline.parallel.layer import exact_groups
 from paceline.parallel.mesh import Mesh
-from paceline.parallel.tensor import best_two, gather_vocabulary
+from paceline.parallel.tensor import best_one, best_two, gather_vocabulary
 from paceline.runtime.config import make_config
 from paceline.runtime.engine import Engine, make_scheduler
 from paceline.runtime.loading import load_drafter
@@ -137,4 +137,6 @@ def best_of_ties(mesh: Mesh) -> tuple[list[int], list[float]]:
     here = row.chunk(mesh.world.size, dim=1)[mesh.rank]
     offset = mesh.rank * here.shape[1]
     ids, margins = best_two(here.contiguous(), offset=offset, axis=mesh.world)
+    alone = [best_one(one[None], offset=offset, axis=mesh.world) for one in here.contiguous()]
+    assert torch.equal(ids, torch.cat(alone))
     return ids.tolist(), margins.tolist()
