@@ -3,9 +3,9 @@ tokens."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+import psutil
 import torch
 
 from paceline.parallel.collectives import Alone
@@ -161,7 +161,7 @@ def _check_room(
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = psutil.virtual_memory().available
     if wanted > free:
         raise ConfigError(
             f"a KV cache of {num_slots} tokens needs {wanted / 2**30:.1f} GiB on each rank, {free / 2**30:.1f} are "
