@@ -24,7 +24,7 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "tensor_parallel_size": 2,
     "speculative_config": {
         "model": "embedded/drafter",
-        "layer_parallel_size": 3,
+        "layer_parallel_size": 4,
         "layer_parallel_policy": "block",
     },
 }

@@ -27,9 +27,10 @@ from paceline.runtime.types import Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
-BATCH_S = 0.03
-"""Deltas are handed over at most this often: a Ray call costs as much as a small model's layer or
-two."""
+BATCH_S = 0.1
+"""Deltas are handed over at most this often, ends of requests at once. Every Ray call takes about a
+millisecond of processor time from somebody, and on a host without cores to spare that somebody is a
+rank, for which all the others then wait."""
 
 
 class Coordinator:
@@ -103,13 +104,16 @@ class Coordinator:
                 if left <= 0:
                     break
                 self._changed.wait(left)
-        pause = self._last_poll_s + BATCH_S - time.monotonic()
-        if pause > 0 and not any(delta.finish_reason for delta in self._outbox):
-            time.sleep(pause)
-        with self._changed:
+            pause = self._last_poll_s + BATCH_S - time.monotonic()
+            if pause > 0:
+                self._changed.wait_for(self._urgent, pause)
             deltas, self._outbox = self._outbox, []
             self._last_poll_s = time.monotonic()
             return msgspec.msgpack.encode(deltas), self._error
+
+    def _urgent(self) -> bool:
+        """Whether somebody waits for more than the next few tokens."""
+        return self._error is not None or any(delta.finish_reason for delta in self._outbox)
 
     def close(self) -> None:
         """Stop the loop and tell the shards to end."""
@@ -140,8 +144,10 @@ class Coordinator:
                 deltas = engine.poll()
                 if deltas:
                     with self._changed:
+                        first = not self._outbox
                         self._outbox += deltas
-                        self._changed.notify_all()
+                        if first or self._urgent():  # else nobody is waiting
+                            self._changed.notify_all()
         except Exception as error:  # whatever it is, clients must hear of it rather than wait
             logger.exception("engine lost")
             known = isinstance(error, EngineError)

@@ -22,7 +22,7 @@ EXPECTED = {
     "speculative_over_plain": (">=", 1.5),
     "speculative_over_transformers_best": (">=", 1.5),
 }
-SPECULATION = {"layer_parallel_size": 3, "layer_parallel_policy": "block"}
+SPECULATION = {"layer_parallel_size": 4, "layer_parallel_policy": "block"}
 
 Answer = tuple[list[int], dict[str, Any]]
 System = Callable[[list[int]], Answer]
