@@ -20,8 +20,11 @@ $(READY): constraints.txt pyproject.toml
 	$(PY) -m paceline.parallel.collectives
 	touch $@
 
+# float32, so that the texts can be compared token by token: see the README on near-ties in bfloat16
+DEMO := class Reader(Base):\n    def __init__(self, stream, encoding=None):\n        self.stream = stream\n\n    def read(self, size=-1):\n
+
 demo: setup
-	$(VENV)/bin/paceline generate --compare --max-tokens 96 "$$(printf 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n')"
+	$(VENV)/bin/paceline generate --compare --dtype float32 --max-tokens 96 "$$(printf '$(DEMO)')"
 
 test: setup
 	$(PY) -m pytest
