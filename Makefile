@@ -21,10 +21,8 @@ $(READY): constraints.txt pyproject.toml
 	touch $@
 
 # float32, so that the texts can be compared token by token: see the README on near-ties in bfloat16
-DEMO := class Reader(Base):\n    def __init__(self, stream, encoding=None):\n        self.stream = stream\n\n    def read(self, size=-1):\n
-
 demo: setup
-	$(VENV)/bin/paceline generate --compare --dtype float32 --max-tokens 96 "$$(printf '$(DEMO)')"
+	$(VENV)/bin/paceline generate --compare --dtype float32 --max-tokens 96 --prompts-file deploy/configs/demo-prompts.jsonl
 
 test: setup
 	$(PY) -m pytest
