@@ -21,14 +21,13 @@ from paceline.runtime.llm import LLM
 from paceline.runtime.types import SamplingParams
 
 EMBEDDED_DEFAULTS: dict[str, Any] = {
-    "tensor_parallel_size": 2,
     "speculative_config": {
         "model": "embedded/drafter",
         "layer_parallel_size": 4,
         "layer_parallel_policy": "block",
     },
 }
-"""Without --model the embedded pair does the real job: two ranks, a layer-parallel drafter."""
+"""Without --model the embedded pair does the real job: a layer-parallel drafter, and two ranks where there are."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,6 +85,9 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {k: v for k, v in file.items() if k in EngineConfig.__struct_fields__} | given
     if "model" not in settings:
         settings = EMBEDDED_DEFAULTS | settings
+        if "tensor_parallel_size" not in given and "tensor_parallel_size" not in file:
+            one = settings.get("distributed_executor_backend") == "uni" or os.cpu_count() == 1
+            settings["tensor_parallel_size"] = 1 if one else 2
     return settings
 
 
