@@ -85,9 +85,8 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {k: v for k, v in file.items() if k in EngineConfig.__struct_fields__} | given
     if "model" not in settings:
         settings = EMBEDDED_DEFAULTS | settings
-        if "tensor_parallel_size" not in given and "tensor_parallel_size" not in file:
-            one = settings.get("distributed_executor_backend") == "uni" or os.cpu_count() == 1
-            settings["tensor_parallel_size"] = 1 if one else 2
+        one = settings.get("distributed_executor_backend") == "uni" or os.cpu_count() == 1
+        settings.setdefault("tensor_parallel_size", 1 if one else 2)
     return settings
 
 

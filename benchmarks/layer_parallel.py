@@ -202,10 +202,7 @@ def main() -> None:
     count = 3 if args["quick"] else 12
     facts = examine(config_of(settings[0], args))
     assert facts.tokenizer is not None, "expected a model with a tokenizer"
-    if args["prompts_file"]:
-        given = prompts.from_file(args["prompts_file"], facts.tokenizer, length=128)
-    else:
-        given = prompts.held_out(facts.tokenizer, count=count, length=128)
+    given = prompts.given(args["prompts_file"], facts.tokenizer, count=count, length=128)
     made = report.Report(
         name="layer_parallel",
         settings={**args, "prompts": count, "prompt_tokens": 128, "settings": settings},

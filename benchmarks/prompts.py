@@ -15,6 +15,13 @@ import paceline.runtime.models.embedded as embedded
 from paceline.runtime.tokenizer import Tokenizer
 
 
+def given(path: str | None, tokenizer: Tokenizer, *, count: int, length: int) -> list[list[int]]:
+    """The prompts of a file if one is named, else `count` held-out ones."""
+    if path is not None:
+        return from_file(path, tokenizer, length=length)
+    return held_out(tokenizer, count=count, length=length)
+
+
 def held_out(tokenizer: Tokenizer, *, count: int, length: int, seed: int = 0) -> list[list[int]]:
     """`count` prompts of `length` tokens, from as many different held-out files as there are."""
     folder = Path(embedded.__file__).parent

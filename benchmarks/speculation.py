@@ -192,10 +192,7 @@ def main() -> None:
             speculative_config=speculative,
         ) as llm:
             assert llm.facts.tokenizer is not None, "expected a model with a tokenizer"
-            if args.prompts_file:
-                given = prompts.from_file(args.prompts_file, llm.facts.tokenizer, length=128)
-            else:
-                given = prompts.held_out(llm.facts.tokenizer, count=count, length=128)
+            given = prompts.given(args.prompts_file, llm.facts.tokenizer, count=count, length=128)
             systems = {
                 "paceline plain": paceline(llm, max_tokens=args.max_tokens, num_draft_tokens=0),
                 "paceline speculative": paceline(

@@ -15,6 +15,17 @@ torch.set_num_threads(1)
 
 SaveModel = Callable[..., tuple[Path, PreTrainedModel]]
 
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+}
+"""Four narrow layers."""
+
 
 @pytest.fixture(scope="session")
 def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
@@ -44,16 +55,7 @@ def llama_config() -> Callable[..., LlamaConfig]:
     """`llama_config(**changes)`: a Llama of four narrow layers."""
 
     def make(**changes: Any) -> LlamaConfig:
-        shape: dict[str, Any] = {
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 48,
-            "max_position_embeddings": 128,
-        }
-        return LlamaConfig(**(shape | changes))
+        return LlamaConfig(**(SHAPE | changes))
 
     return make
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.cpu.conftest import SHAPE
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -46,16 +47,6 @@ PASSES = {
     "at the limit": (FEW_ROWS, NUM_TOKENS - FEW_ROWS),
 }
 each_way_to_pass = pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES.keys())
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 128,
-}
 
 
 def random_tokens(count: int = NUM_TOKENS, *, vocab_size: int = 97) -> Tensor:
