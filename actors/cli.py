@@ -18,6 +18,7 @@ import msgspec
 from paceline.runtime.config import EngineConfig, read_yaml, readable, reject_unknown
 from paceline.runtime.errors import ConfigError, PacelineError, UserError
 from paceline.runtime.llm import LLM
+from paceline.runtime.sampling.filters import validate
 from paceline.runtime.types import SamplingParams
 
 EMBEDDED_DEFAULTS: dict[str, Any] = {
@@ -98,9 +99,11 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     values |= {key: value for key, value in file.items() if key in fields}
     values |= {k: v for k, v in vars(args).items() if k in fields and v is not None}
     try:
-        return msgspec.convert(values, SamplingParams, strict=False)
+        params = msgspec.convert(values, SamplingParams, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(readable(str(error))) from None
+    validate(params)  # `LLM` would too, but only once its ranks are up
+    return params
 
 
 def _parser() -> argparse.ArgumentParser:
