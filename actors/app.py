@@ -13,7 +13,6 @@ import socket
 import time
 from typing import Any
 
-import msgspec
 import ray
 from ray.util.placement_group import (
     PlacementGroup,
@@ -27,13 +26,13 @@ from paceline.actors.shard import Shard
 from paceline.parallel.rank import RankSpec
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import EngineError, PlacementError, UserError
+from paceline.runtime.link import LinkClient
 from paceline.runtime.llm import LLM
 from paceline.runtime.preflight import Facts
-from paceline.runtime.types import Request, TokenDelta
+from paceline.runtime.types import EngineStatus, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 1.0
 CONNECT_S = 5.0
 
 
@@ -50,12 +49,13 @@ def connect(config: EngineConfig, facts: Facts) -> RayEngine:
 
 
 class RayEngine:
-    """Satisfies `EngineClient`."""
+    """Satisfies `EngineClient`: Ray places and watches, the link carries."""
 
     def __init__(self, config: EngineConfig, facts: Facts) -> None:
         self._shards: list[handles.ShardHandle] = []
         self._coordinator: handles.CoordinatorHandle | None = None
         self._group: PlacementGroup | None = None
+        self._link: LinkClient | None = None
         self._owns_ray = not ray.is_initialized()
         try:
             if self._owns_ray:
@@ -66,19 +66,21 @@ class RayEngine:
             raise
 
     def submit(self, requests: list[Request]) -> None:
-        handles.submit(self._running(), msgspec.msgpack.encode(requests))
+        self._running().submit(requests)
 
-    def poll(self) -> list[TokenDelta]:
-        body, error = handles.poll(self._running(), wait_s=POLL_S)
-        deltas = msgspec.msgpack.decode(body, type=list[TokenDelta])
-        if error is not None and not deltas:
-            raise EngineError(error)
-        return deltas
+    def poll(self, wait_s: float = 1.0) -> list[TokenDelta]:
+        return self._running().poll(wait_s)
 
     def abort(self, request_ids: list[str]) -> None:
-        handles.abort(self._running(), request_ids)
+        self._running().abort(request_ids)
+
+    def status(self) -> EngineStatus:
+        return self._running().status()
 
     def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = None
         if not ray.is_initialized():
             return
         handles.close(self._coordinator, self._shards, timeout_s=5.0)
@@ -89,10 +91,10 @@ class RayEngine:
         if self._owns_ray:
             ray.shutdown()
 
-    def _running(self) -> handles.CoordinatorHandle:
-        if self._coordinator is None:
+    def _running(self) -> LinkClient:
+        if self._link is None:
             raise EngineError("this engine is closed")
-        return self._coordinator
+        return self._link
 
     def _start(self, config: EngineConfig, facts: Facts) -> None:
         gpu = _use_gpu(config)
@@ -122,16 +124,21 @@ class RayEngine:
             )
             for rank, node_id in enumerate(node_ids)
         ]
-        self.facts, error, user_error = handles.start(
+        here = ray.get_runtime_context().get_node_id()
+        started = handles.start(
             self._coordinator,
             config,
             facts.max_model_len,
             self._shards,
             specs,
-            one_node=len(set(node_ids)) == 1,
+            ranks_here=len(set(node_ids)) == 1,
+            frontend_here=node_ids[0] == here,
         )
-        if error is not None:
-            raise (UserError if user_error else EngineError)(error)
+        if started.error is not None:
+            raise (UserError if started.user_error else EngineError)(started.error)
+        assert started.link is not None, "expected a link with a started engine"
+        watched = handles.watch(self._coordinator)
+        self._link = LinkClient(started.link, watch=lambda: handles.why_ended(watched))
 
 
 def _init_ray(config: EngineConfig) -> None:

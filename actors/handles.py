@@ -20,7 +20,7 @@ from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import DeadlineError, EngineError
 
 if TYPE_CHECKING:
-    from paceline.actors.coordinator import Coordinator
+    from paceline.actors.coordinator import Coordinator, Started
     from paceline.actors.shard import Shard
 
 ShardHandle = NewType("ShardHandle", object)
@@ -98,29 +98,38 @@ def start(
     shards: list[ShardHandle],
     specs: list[RankSpec],
     *,
-    one_node: bool,
-) -> tuple[list[str], str | None, bool]:
+    ranks_here: bool,
+    frontend_here: bool,
+) -> Started:
     """See `Coordinator.start`."""
-    ref = _actor(coordinator).start.remote(config, max_model_len, shards, specs, one_node=one_node)
-    answer: tuple[list[str], str | None, bool] = _get(
+    ref = _actor(coordinator).start.remote(
+        config,
+        max_model_len,
+        shards,
+        specs,
+        ranks_here=ranks_here,
+        frontend_here=frontend_here,
+    )
+    answer: Started = _get(
         ref, timeout_s=config.load_timeout_s + CALL_TIMEOUT_S, what="the engine to load"
     )
     return answer
 
 
-def submit(coordinator: CoordinatorHandle, requests: bytes) -> None:
-    _get(_actor(coordinator).submit.remote(requests), timeout_s=CALL_TIMEOUT_S, what="submit")
+def watch(coordinator: CoordinatorHandle) -> Ref:
+    """A reference that is done when the coordinator's engine is."""
+    return Ref(_actor(coordinator).watch.remote())
 
 
-def abort(coordinator: CoordinatorHandle, request_ids: list[str]) -> None:
-    _get(_actor(coordinator).abort.remote(request_ids), timeout_s=CALL_TIMEOUT_S, what="abort")
-
-
-def poll(coordinator: CoordinatorHandle, *, wait_s: float) -> tuple[bytes, str | None]:
-    """See `Coordinator.poll`."""
-    ref = _actor(coordinator).poll.remote(wait_s)
-    answer: tuple[bytes, str | None] = _get(ref, timeout_s=wait_s + CALL_TIMEOUT_S, what="tokens")
-    return answer
+def why_ended(watched: Ref) -> str | None:
+    """Why the engine behind a watched reference is gone; None while it lives."""
+    done, _ = ray.wait([watched], num_returns=1, timeout=0)
+    if not done:
+        return None
+    try:
+        return ray.get(done[0], timeout=1.0) or "the engine ended"
+    except ray.exceptions.RayError as error:
+        return f"the coordinator died: {_brief(error)}"
 
 
 def close(

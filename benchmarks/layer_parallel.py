@@ -25,9 +25,13 @@ from paceline.parallel.launch import free_port, join, leave, reshape, spawn
 from paceline.parallel.mesh import Mesh
 from paceline.parallel.rank import RankSpec
 from paceline.runtime.config import EngineConfig, make_config
-from paceline.runtime.engine import Engine, make_scheduler
+from paceline.runtime.engine import Engine
+from paceline.runtime.inputs import Segment
+from paceline.runtime.kv.pool import BlockTable
+from paceline.runtime.loading import load
 from paceline.runtime.local import InProcess
 from paceline.runtime.preflight import examine
+from paceline.runtime.schedule.scheduler import make_scheduler
 from paceline.runtime.types import Request, RequestMetrics, SamplingParams, StepPlan
 from paceline.runtime.worker import Worker
 
@@ -69,6 +73,7 @@ def config_of(setting: dict[str, Any], args: dict[str, Any]) -> EngineConfig:
     speculative = {
         "model": args["speculative_model"],
         "num_speculative_tokens": args["draft_tokens"],
+        "draft_length": "fixed",
         "layer_parallel_size": setting["N"],
         "placement": setting["placement"],
         "draft_tensor_parallel_size": setting["draft_ranks"],
@@ -79,7 +84,13 @@ def config_of(setting: dict[str, Any], args: dict[str, Any]) -> EngineConfig:
             "calibration": setting["calibration"],
         }
     return make_config(
-        {"model": args["model"], "tensor_parallel_size": 2, "speculative_config": speculative}
+        {
+            "model": args["model"],
+            "tensor_parallel_size": 2,
+            "max_num_seqs": 1,
+            "enable_prefix_caching": False,  # every setting reads every prompt
+            "speculative_config": speculative,
+        }
     )
 
 
@@ -91,13 +102,20 @@ def rank_main(spec: RankSpec, args: dict[str, Any], given: list[list[int]], path
     workers: list[Worker] = []
     for setting in settings:
         config = config_of(setting, args)
+        own_mesh = meshes[setting["draft_ranks"]]
         target = workers[0].target if workers else None
-        workers.append(Worker(config, meshes[setting["draft_ranks"]], target=target))
+        workers.append(Worker(config, own_mesh, loaded=load(config, own_mesh, target=target)))
     rows = []
     for number in range(-1, len(given)):  # the first prompt once more, to warm up
         for index, (setting, worker) in enumerate(zip(settings, workers, strict=True)):
             config = config_of(setting, args)
-            metrics = run_prompt(config, worker, given[max(0, number)], args["max_tokens"])
+            metrics = run_prompt(
+                config,
+                worker,
+                given[max(0, number)],
+                max_tokens=args["max_tokens"],
+                max_model_len=args["max_model_len"],
+            )
             if number >= 0:
                 rows.append({"setting": index, "prompt": number, **_figures(metrics)})
         if mesh.rank0:
@@ -109,15 +127,19 @@ def rank_main(spec: RankSpec, args: dict[str, Any], given: list[list[int]], path
 
 
 def run_prompt(
-    config: EngineConfig, worker: Worker, prompt: list[int], max_tokens: int
+    config: EngineConfig, worker: Worker, prompt: list[int], *, max_tokens: int, max_model_len: int
 ) -> RequestMetrics:
     """One greedy request through an engine of its own over the given worker."""
-    assert worker.target is not None
-    engine = Engine(
-        make_scheduler(config, max_model_len=worker.target.pool.max_len), InProcess(worker)
-    )
+    scheduler = make_scheduler(config, max_model_len=max_model_len, num_blocks=worker.num_blocks)
+    engine = Engine(scheduler, InProcess(worker))
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    request = Request(request_id="r", prompt_token_ids=tuple(prompt), params=params, seed=0)
+    request = Request(
+        request_id="r",
+        prompt_token_ids=tuple(prompt),
+        params=params,
+        seed=0,
+        max_tokens=max_tokens,
+    )
     engine.submit([request])
     while True:
         for delta in engine.step():
@@ -141,11 +163,13 @@ def _figures(metrics: RequestMetrics) -> dict[str, float]:
 @torch.inference_mode()
 def explain(mesh: Mesh, worker: Worker) -> dict[str, float]:
     """What the gains are made of: a collective, and one drafter layer's attention and MLP, in microseconds."""
-    drafter: Any = worker.drafter
-    model = drafter.model
+    assert worker.draft_model is not None
+    model = worker.draft_model.model
     E = model.decoder.arch.hidden_size
     buffer, h_1E = torch.zeros(1, E), torch.randn(1, E)
-    rows = model.rows(model.tokens([1]), start=128, region=0)
+    table = BlockTable()
+    table.extend(range(-(-129 // model.pool.block_size)))
+    rows = model.rows(model.tokens([1]), [Segment(num_rows=1, end=129, table=table)])
     group = model.decoder.groups[1]
     times = {
         "collective_us": _microseconds(lambda: mesh.world.collectives.all_reduce_(buffer)),
@@ -208,7 +232,7 @@ def main() -> None:
         settings={**args, "prompts": count, "prompt_tokens": 128, "settings": settings},
         expected=EXPECTED,
     )
-    measured = run_ranks(args, given)
+    measured = run_ranks({**args, "max_model_len": facts.max_model_len}, given)
     made.rows, made.notes["one layer on each of 2 ranks"] = measured["rows"], measured["explained"]
     lines = table_of(settings, made.rows)
     fit = [line for line in lines if line["N"] > 1 and line["accepted vs N=1"] >= 1 - LOSS]

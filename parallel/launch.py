@@ -86,12 +86,12 @@ def free_port() -> int:
 
 
 def spawn(
-    target: Callable[..., None], *, args: list[tuple[Any, ...]]
+    target: Callable[..., None], *, args: list[tuple[Any, ...]], daemon: bool = True
 ) -> list[multiprocessing.process.BaseProcess]:
-    """One daemon process per entry of `args`, which ends with its parent. The caller joins or kills
-    them."""
+    """One process per entry of `args`. The caller joins or kills them; daemons end with their
+    parent in any case, and may have no processes of their own."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=target, args=each, daemon=True) for each in args]
+    processes = [context.Process(target=target, args=each, daemon=daemon) for each in args]
     for process in processes:
         process.start()
     return list(processes)

@@ -34,6 +34,8 @@ class Hello(WireType, frozen=True, kw_only=True, tag="hello"):
     """Whether the user can mend it."""
     facts: str = ""
     """What a person may want to know: device, data types, collectives."""
+    num_blocks: int = 0
+    """KV blocks of each pool; all ranks agree."""
     version: int = WIRE_VERSION
 
 
@@ -42,6 +44,14 @@ class Answer(WireType, frozen=True, kw_only=True, tag="answer"):
 
     rank: Annotated[int, msgspec.Meta(ge=0)]
     result: StepResult
+
+
+class Ready(WireType, frozen=True, kw_only=True):
+    """All ranks are loaded."""
+
+    ranks: tuple[str, ...]
+    """What each said of itself."""
+    num_blocks: int
 
 
 _plans_in = msgspec.msgpack.Decoder(StepPlan)
@@ -66,13 +76,14 @@ class PlanSender:
         self._identities = [_identity(rank) for rank in range(num_ranks)]
         self._watch = watch
 
-    def wait_for_ranks(self, *, timeout_s: float) -> list[str]:
-        """Every rank's facts, once all are ready.
+    def wait_for_ranks(self, *, timeout_s: float) -> Ready:
+        """What every rank said, once all are ready.
 
         Raises UserError or ShardError with the first rank's own words, DeadlineError if some stay
         silent.
         """
         facts: dict[int, str] = {}
+        num_blocks = 0
         deadline = time.monotonic() + timeout_s
         while len(facts) < len(self._identities):
             missing = sorted(set(range(len(self._identities))) - set(facts))
@@ -83,7 +94,9 @@ class PlanSender:
                 kind = UserError if hello.user_error else ShardError
                 raise kind(hello.error if hello.user_error else f"rank {hello.rank}: {hello.error}")
             facts[hello.rank] = hello.facts
-        return [facts[rank] for rank in range(len(self._identities))]
+            num_blocks = hello.num_blocks
+        ranks = tuple(facts[rank] for rank in range(len(self._identities)))
+        return Ready(ranks=ranks, num_blocks=num_blocks)
 
     def step(self, plan: StepPlan, *, timeout_s: float) -> StepResult:
         """Send a plan to every rank and wait for rank 0's result, or any rank's failure."""
@@ -103,6 +116,11 @@ class PlanSender:
                 raise ShardError(f"rank {answer.rank}: {answer.result.error}")
             if answer.rank == 0 and answer.result.step == plan.step:
                 return answer.result
+
+    def check(self) -> None:
+        """Raise ShardError if a rank is gone."""
+        if (gone := self._watch()) is not None:
+            raise ShardError(gone)
 
     def close(self) -> None:
         """Tell the ranks to end, without waiting for them."""
@@ -152,8 +170,9 @@ class PlanReceiver:
         self._socket.setsockopt(zmq.MAXMSGSIZE, 1 << 26)
         self._socket.connect(address)
 
-    def ready(self, facts: str) -> None:
-        self._socket.send(_out.encode(Hello(rank=self._rank, facts=facts)))
+    def ready(self, facts: str, *, num_blocks: int) -> None:
+        hello = Hello(rank=self._rank, facts=facts, num_blocks=num_blocks)
+        self._socket.send(_out.encode(hello))
 
     def failed(self, error: BaseException) -> None:
         """Say why this rank cannot load."""

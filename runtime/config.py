@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,15 +26,37 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How tokens are drafted. `--speculative-config` takes these keys as JSON."""
 
-    method: Annotated[Literal["draft_model"], Meta(description="What proposes tokens.")] = (
-        "draft_model"
-    )
+    method: Annotated[
+        Literal["draft_model", "ngram", "combined"],
+        Meta(
+            description="What proposes tokens: a model, the request's own earlier tokens, or whichever pays."
+        ),
+    ] = "draft_model"
     model: Annotated[
         str, Meta(description="The drafter: a folder, a hub id, or `embedded/drafter`.")
     ] = "embedded/drafter"
     num_speculative_tokens: Annotated[
-        int, Meta(ge=1, le=64, description="Tokens drafted per round.")
+        int, Meta(ge=1, le=64, description="Most tokens drafted per round.")
     ] = 5
+    draft_length: Annotated[
+        Literal["adaptive", "fixed"],
+        Meta(
+            description="Draft as many as pay, by recent acceptance and load, or always num_speculative_tokens."
+        ),
+    ] = "adaptive"
+    verification: Annotated[
+        Literal["coupled", "rejection"],
+        Meta(
+            description="How sampled drafts are accepted. coupled: the text of a seed is the same whatever is "
+            "drafted; rejection: a few more are accepted, and the text of a seed depends on draft lengths."
+        ),
+    ] = "coupled"
+    prompt_lookup_max: Annotated[
+        int, Meta(ge=1, le=32, description="Longest suffix that ngram looks for.")
+    ] = 4
+    prompt_lookup_min: Annotated[
+        int, Meta(ge=1, le=32, description="Shortest suffix that ngram looks for.")
+    ] = 2
     layer_parallel_size: Annotated[
         int,
         Meta(
@@ -68,7 +91,7 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ] = None
     dtype: Annotated[
         Dtype,
-        Meta(description="The drafter computes in this; auto: float32 on a CPU, else as stored."),
+        Meta(description="The drafter computes in this; auto: as for the target."),
     ] = "auto"
 
 
@@ -95,8 +118,41 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="Longest prompt and output together; the model's own limit if not given."),
     ] = None
     max_num_batched_tokens: Annotated[
-        int, Meta(ge=1, description="Most tokens of a prompt read in one pass.")
+        int, Meta(ge=1, description="Most rows of one pass, over all requests.")
     ] = 512
+    max_num_seqs: Annotated[
+        int, Meta(ge=1, le=4096, description="Most requests that run at once.")
+    ] = 128
+    max_queued_requests: Annotated[
+        int, Meta(ge=0, description="Requests that may wait; past it a server answers 429.")
+    ] = 1024
+    block_size: Annotated[
+        int, Meta(ge=16, le=256, multiple_of=16, description="Tokens of one KV block.")
+    ] = 16
+    enable_prefix_caching: Annotated[
+        bool, Meta(description="Reuse the KV of prompts that begin alike.")
+    ] = True
+    gpu_memory_utilization: Annotated[
+        float,
+        Meta(gt=0, le=1, description="Part of a GPU's memory for weights and KV cache together."),
+    ] = 0.9
+    kv_cache_memory: Annotated[
+        str | int | None,
+        Meta(
+            description="KV cache of each rank, in bytes or like 4GiB; if not given, from "
+            "gpu_memory_utilization, on a CPU a part of what is free."
+        ),
+    ] = None
+    kv_sink_tokens: Annotated[
+        int, Meta(ge=1, description="First tokens that requests with kv_policy sink_window keep.")
+    ] = 4
+    kv_window: Annotated[
+        int, Meta(ge=16, description="Latest tokens that requests with kv_policy sink_window keep.")
+    ] = 1024
+    priority_ageing_s: Annotated[
+        float,
+        Meta(gt=0, description="Waiting so many seconds makes up for one level of priority."),
+    ] = 30.0
     seed: Annotated[int, Meta(description="Seeds requests that bring no seed of their own.")] = 0
     speculative_config: Annotated[
         SpeculativeConfig | None,
@@ -136,7 +192,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def draft_size(self) -> int:
         """Ranks of the drafter; 0 without one."""
-        if self.speculative_config is None:
+        if self.speculative_config is None or self.speculative_config.method == "ngram":
             return 0
         return self.speculative_config.draft_tensor_parallel_size or self.tensor_parallel_size
 
@@ -144,6 +200,59 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def world_size(self) -> int:
         """Target and drafter share ranks from rank 0 on; the wider of the two decides."""
         return max(self.tensor_parallel_size, self.draft_size)
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where and how an engine is served."""
+
+    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="HTTP port; 0 takes a free one.")] = 8000
+    grpc_port: Annotated[
+        Annotated[int, Meta(ge=0, le=65535)] | None,
+        Meta(description="gRPC port; 0 takes a free one; none if not given."),
+    ] = None
+    served_model_name: Annotated[
+        str | None, Meta(description="The model's name in the API; --model if not given.")
+    ] = None
+    api_key: Annotated[str | None, Meta(description="Clients must send it as a bearer token.")] = (
+        None
+    )
+    chat_template: Annotated[
+        str | None, Meta(description="A Jinja file instead of the model's own chat template.")
+    ] = None
+    shutdown_timeout: Annotated[
+        float,
+        Meta(ge=0, description="Seconds that running requests get when the server is stopped."),
+    ] = 30.0
+    enable_vllm_metric_names: Annotated[
+        bool, Meta(description="Also expose metrics under the names vLLM gives them.")
+    ] = False
+    per_request_spec_decode_metrics: Annotated[
+        bool, Meta(description="Report speculation with every response, asked for or not.")
+    ] = False
+    disable_log_stats: Annotated[
+        bool, Meta(description="Do not log throughput every ten seconds.")
+    ] = False
+
+
+_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(value: str | int, *, what: str) -> int:
+    """`4GiB`, `500MB` or a plain number. Raises ConfigError for anything else."""
+    if isinstance(value, int):
+        number, unit = float(value), ""
+    else:
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", value)
+        try:
+            number, unit = float(match[1]), match[2].lower()  # type: ignore[index]
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{what} must be a number of bytes like 4GiB, found {value!r}"
+            ) from None
+    if unit not in _UNITS or number <= 0:
+        raise ConfigError(f"{what} must be a number of bytes like 4GiB, found {value!r}")
+    return int(number * _UNITS[unit])
 
 
 def make_config(settings: Mapping[str, Any]) -> EngineConfig:
@@ -162,6 +271,11 @@ def make_config(settings: Mapping[str, Any]) -> EngineConfig:
         config = msgspec.convert(values, EngineConfig, from_attributes=True)
     except msgspec.ValidationError as error:
         raise ConfigError(readable(str(error))) from None
+    if config.kv_cache_memory is not None:
+        parse_bytes(config.kv_cache_memory, what="kv_cache_memory")
+    spec = config.speculative_config
+    if spec is not None and spec.prompt_lookup_min > spec.prompt_lookup_max:
+        raise ConfigError("prompt_lookup_min must be at most prompt_lookup_max")
     if config.distributed_executor_backend == "uni" and config.world_size > 1:
         raise ConfigError(
             f"distributed_executor_backend uni has one rank; {config.world_size} are asked for"

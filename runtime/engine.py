@@ -12,60 +12,70 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from paceline.runtime.config import EngineConfig
-from paceline.runtime.errors import ShardError
+import msgspec
+
+from paceline.runtime.errors import PromptError, ShardError
 from paceline.runtime.executor import Executor
 from paceline.runtime.schedule.scheduler import Scheduler
-from paceline.runtime.types import Request, TokenDelta
+from paceline.runtime.types import EngineStatus, Request, TokenDelta
 
 
 class EngineClient(Protocol):
-    """An engine, wherever it runs."""
+    """An engine, wherever it runs. `submit` and `abort` may be called from other threads than
+    `poll`."""
 
     def submit(self, requests: list[Request]) -> None:
         """Queue requests. Each will end in exactly one delta with a finish reason."""
 
-    def poll(self) -> list[TokenDelta]:
-        """New tokens since the last call; waits a little for some. Raises EngineError if the engine
-        is lost."""
+    def poll(self, wait_s: float = 1.0) -> list[TokenDelta]:
+        """New tokens since the last call; waits up to `wait_s` for some. Raises EngineError if the
+        engine is lost."""
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop requests; each still ends in its one terminal delta."""
+
+    def status(self) -> EngineStatus:
+        """The latest known; its `steps` are those since the last call."""
 
     def close(self) -> None:
         """Free everything the engine holds. Safe to call twice."""
 
 
-def make_scheduler(config: EngineConfig, *, max_model_len: int) -> Scheduler:
-    """The scheduler a config asks for: one request at a time, first come, first served."""
-    spec = config.speculative_config
-    return Scheduler(
-        num_regions=1,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        num_draft_tokens=0 if spec is None else spec.num_speculative_tokens,
-    )
-
-
 class Engine:
-    """Satisfies `EngineClient` in this process: `poll` runs one step."""
+    """Satisfies `EngineClient` in this process: `poll` runs one step. Not for several threads."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, *, ranks: tuple[str, ...] = ()
+    ) -> None:
+        """`ranks` is what each rank said of itself."""
         self.scheduler = scheduler
         self.executor = executor
-        self._aborted: list[TokenDelta] = []
+        self._ranks = ranks
+        self._ended: list[TokenDelta] = []
+        """Terminal deltas of requests that no step ended."""
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._ended) or self.scheduler.has_work
 
     def submit(self, requests: list[Request]) -> None:
         for request in requests:
-            self.scheduler.add(request)
+            try:
+                self.scheduler.add(request)
+            except PromptError as error:
+                self._ended.append(
+                    TokenDelta(
+                        request_id=request.request_id, finish_reason="error", error=str(error)
+                    )
+                )
 
     def abort(self, request_ids: list[str]) -> None:
         deltas = (self.scheduler.abort(request_id) for request_id in request_ids)
-        self._aborted += [delta for delta in deltas if delta is not None]
+        self._ended += [delta for delta in deltas if delta is not None]
 
-    def poll(self) -> list[TokenDelta]:
-        aborted, self._aborted = self._aborted, []
-        return aborted + (self.step() if self.scheduler.has_work else [])
+    def poll(self, wait_s: float = 1.0) -> list[TokenDelta]:  # noqa: ARG002 nothing to wait for
+        ended, self._ended = self._ended, []
+        return ended + (self.step() if self.scheduler.has_work else [])
 
     def step(self) -> list[TokenDelta]:
         """One step for whatever is scheduled."""
@@ -74,6 +84,9 @@ class Engine:
         if result.error is not None:
             raise ShardError(result.error)
         return self.scheduler.update(plan, result)
+
+    def status(self) -> EngineStatus:
+        return msgspec.structs.replace(self.scheduler.status(), ranks=self._ranks)
 
     def close(self) -> None:
         self.executor.close()

@@ -6,8 +6,10 @@ PacelineError
 │   ├── ModelError                a folder, a file or an architecture
 │   ├── PromptError               a prompt or a sampling parameter
 │   └── PlacementError            more devices asked for than there are
+├── OverloadedError               the queue is full: try again later
 └── EngineError (RuntimeError)    ours or the machine's: exit code 1
     ├── ShardError                a rank failed or died
+    ├── ShuttingDownError         the server takes no more requests
     └── DeadlineError             something did not answer in time
 """
 
@@ -38,6 +40,14 @@ class PlacementError(UserError):
     """The cluster cannot hold the ranks asked for."""
 
 
+class OverloadedError(PacelineError):
+    """More requests wait than may. Nobody is at fault; `retry_after_s` says when to come back."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class EngineError(PacelineError, RuntimeError):
     """The engine cannot go on."""
 
@@ -48,3 +58,7 @@ class ShardError(EngineError):
 
 class DeadlineError(EngineError):
     """What was waited for did not come in time."""
+
+
+class ShuttingDownError(EngineError):
+    """The server is being stopped: what runs may finish, nothing new begins."""

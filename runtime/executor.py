@@ -14,6 +14,9 @@ class Executor(Protocol):
 
     def step(self, plan: StepPlan) -> StepResult: ...
 
+    def check(self) -> None:
+        """Raise EngineError if a rank is gone; asked while there is nothing to do."""
+
     def close(self) -> None:
         """Let the workers go. Safe to call twice."""
 
@@ -27,6 +30,9 @@ class ChannelExecutor:
 
     def step(self, plan: StepPlan) -> StepResult:
         return self._channel.step(plan, timeout_s=self._timeout_s)
+
+    def check(self) -> None:
+        self._channel.check()
 
     def close(self) -> None:
         self._channel.close()

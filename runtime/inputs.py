@@ -1,40 +1,130 @@
 """What a forward pass is told besides the weights.
 
-Letters: T rows of the pass, M longest context.
+A pass is packed: rows of many requests, one segment each, one after another.
+
+    rows          | a  a  a  a | b | c  c |          prompt chunk, decode, two rows to verify
+    row_starts      0            4   5      7
+    ends            132          58  901             positions the last row of each sees, itself included
+
+Letters: T rows of the pass, D head width, B segments.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ctypes
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from paceline.runtime.kv.pool import KvPool
-from paceline.runtime.layers.attention import Masks
-from paceline.runtime.layers.rope import Rotation
+from paceline.runtime.kv.pool import BlockTable, KvPool
+from paceline.runtime.layers.cpu_kernels import Pass
+from paceline.runtime.layers.rope import RopeTable, Rotation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Consecutive tokens of one request, the last of them at position `end` - 1."""
+
+    num_rows: int
+    end: int
+    table: BlockTable
+    sinks: int = 0
+    window: int = 0
+    """A row sees the `sinks` first positions and the `window` latest ones; window 0: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Some consecutive tokens of one request, and where their keys and values go.
-
-    Prompt chunk, decode, verification and calibration are all this, with other rows.
-    """
+    """A packed pass. Prompt chunk, decode, verification and calibration are all this, with other
+    rows."""
 
     token_ids: Tensor  # [T] int64
-    start: int
-    """Position, and slot in the region, of the first row."""
-    region: int
-    rotations: dict[int, Rotation]
-    """By the number of query heads per unit, which may differ between groups of layers."""
-    masks: Masks
+    positions: Tensor  # [T] int64
+    segments: Sequence[Segment]
+    rotation: Rotation
+    sink_rotation: Rotation | None
+    """For queries that look at sinks from a window: as if the window followed right upon them."""
     pool: KvPool
+    scale: float
+    """Of the scores."""
+    native: Pass | None = None
+    """The same for the compiled kernel, where that runs."""
+    _alive: list[object] = field(default_factory=list)
 
     @property
     def num_rows(self) -> int:
         return self.token_ids.shape[0]
 
-    @property
-    def end(self) -> int:
-        """How many positions the last row sees, itself included."""
-        return self.start + self.num_rows
+
+def pack(
+    token_ids_T: Tensor,
+    segments: Sequence[Segment],
+    *,
+    pool: KvPool,
+    rope: RopeTable,
+    scale: float,
+    native: bool,
+) -> Rows:
+    """Rows for a pass over `segments`, whose tokens are `token_ids_T`, `[T]` on the device."""
+    positions: list[int] = []
+    starts = array("i", (0,))
+    for segment in segments:
+        assert 0 < segment.num_rows <= segment.end <= len(segment.table) * pool.block_size, (
+            f"expected rows within the blocks, found {segment.num_rows} rows up to {segment.end} in "
+            f"{len(segment.table)} blocks"
+        )
+        positions.extend(range(segment.end - segment.num_rows, segment.end))
+        starts.append(len(positions))
+    assert len(positions) == token_ids_T.shape[0], (
+        f"expected {len(positions)} tokens, found {token_ids_T.shape[0]}"
+    )
+    device = token_ids_T.device
+    positions_T = torch.tensor(positions, dtype=torch.int64, device=device)
+    rotation = rope.rotation(positions_T, largest=max(segment.end for segment in segments))
+    sink_rotation = None
+    if any(segment.window and segment.end > segment.sinks + segment.window for segment in segments):
+        counts = torch.tensor([segment.num_rows for segment in segments])
+        limits = torch.tensor(
+            [s.sinks + s.window - 1 if s.window else s.end for s in segments], dtype=torch.int64
+        )
+        limit_T = limits.repeat_interleave(counts).to(device)
+        furthest = max(min(s.end, s.sinks + s.window) if s.window else s.end for s in segments)
+        sink_rotation = rope.rotation(torch.minimum(positions_T, limit_T), largest=furthest)
+    rows = Rows(
+        token_ids=token_ids_T,
+        positions=positions_T,
+        segments=segments,
+        rotation=rotation,
+        sink_rotation=sink_rotation,
+        pool=pool,
+        scale=scale,
+        native=Pass() if native else None,
+    )
+    if rows.native is not None:
+        _fill(rows.native, rows, starts)
+    return rows
+
+
+def _fill(native: Pass, rows: Rows, starts: array[int]) -> None:
+    segments, pool = rows.segments, rows.pool
+    ends = array("i", [segment.end for segment in segments])
+    sinks = array("i", [segment.sinks for segment in segments])
+    windows = array("i", [segment.window for segment in segments])
+    tables = array("Q", [segment.table.address() for segment in segments])
+    rows._alive.extend((starts, ends, sinks, windows, tables))
+    native.num_rows, native.num_segments = rows.num_rows, len(segments)
+    native.block_size, native.head_dim = pool.block_size, pool.head_dim
+    native.row_starts, native.ends = _address(starts), _address(ends)
+    native.sinks, native.windows = _address(sinks), _address(windows)
+    native.tables = _address(tables)
+    native.cos, native.sin = rows.rotation.cos.data_ptr(), rows.rotation.sin.data_ptr()
+    if rows.sink_rotation is not None:
+        native.sink_cos = rows.sink_rotation.cos.data_ptr()
+        native.sink_sin = rows.sink_rotation.sin.data_ptr()
+
+
+def _address(values: array[int]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(values.buffer_info()[0])

@@ -6,56 +6,16 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, TypedDict
-
-import msgspec
+from typing import Any, Self
 
 from paceline.runtime.config import EngineConfig, make_config
 from paceline.runtime.engine import EngineClient
 from paceline.runtime.errors import ConfigError, EngineError, PromptError
+from paceline.runtime.outputs import Assembler, CompletionOutput, RequestOutput, empty_output
 from paceline.runtime.preflight import Facts, examine
-from paceline.runtime.sampling.filters import validate
-from paceline.runtime.types import Request, RequestMetrics, SamplingParams, TokenDelta
-
-
-class TextPrompt(TypedDict):
-    prompt: str
-
-
-class TokensPrompt(TypedDict):
-    prompt_token_ids: list[int]
-
-
-Prompt = str | TextPrompt | TokensPrompt
-
-
-@dataclass(slots=True, kw_only=True)
-class CompletionOutput:
-    """What was written after one prompt."""
-
-    index: int = 0
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    """Per token, the target's best logit minus its second best; empty when sampling."""
-    finish_reason: str | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class RequestOutput:
-    """One prompt and its continuation."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    metrics: RequestMetrics | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.outputs[0].finish_reason is not None
+from paceline.runtime.requests import Job, Prompt, RequestFactory
+from paceline.runtime.types import EngineStatus, SamplingParams
 
 
 class LLM:
@@ -85,7 +45,8 @@ class LLM:
 
             connect = local_engine
         self._client = connect(self.config, self.facts)
-        self._ids = itertools.count()
+        self._factory = RequestFactory(self.facts, self.config)
+        self._calls = itertools.count()
 
     def generate(
         self,
@@ -93,6 +54,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
         num_draft_tokens: int | None = None,
     ) -> list[RequestOutput]:
         """Continue every prompt; outputs in the order of the prompts. Raises PromptError for one
@@ -100,61 +62,91 @@ class LLM:
 
         `num_draft_tokens` limits speculation for this call; 0 turns it off.
         """
-        requests = self.requests(prompts, sampling_params, num_draft_tokens=num_draft_tokens)
-        outputs = {output.request_id: output for _, output in requests}
-        with _progress(len(outputs), shown=use_tqdm) as advance:
-            for delta, _ in self.stream(requests):
-                if delta.finish_reason is not None:
+        jobs = self.jobs(
+            prompts, sampling_params, priority=priority, num_draft_tokens=num_draft_tokens
+        )
+        outputs = [empty_output(job) for job in jobs]
+        with _progress(len(jobs), shown=use_tqdm) as advance:
+            for number, part in self.stream(jobs):
+                outputs[number].add(part)
+                if part.finished:
                     advance()
-        return list(outputs.values())
+        return outputs
 
-    def requests(
+    def jobs(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: Sequence[int] | None = None,
         num_draft_tokens: int | None = None,
-    ) -> list[tuple[Request, RequestOutput]]:
-        """Checked requests, each with the output that `stream` will fill."""
+    ) -> list[Job]:
+        """Checked requests for `stream`, one job per prompt."""
         listed = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             each_params = [sampling_params or SamplingParams()] * len(listed)
         else:
             each_params = list(sampling_params)
-        if len(each_params) != len(listed):
-            raise PromptError(f"{len(listed)} prompts, but {len(each_params)} sampling params")
-        pairs = zip(listed, each_params, strict=True)
-        return [self._request(prompt, params, num_draft_tokens) for prompt, params in pairs]
+        priorities = [0] * len(listed) if priority is None else list(priority)
+        for found, what in ((each_params, "sampling params"), (priorities, "priorities")):
+            if len(found) != len(listed):
+                raise PromptError(f"{len(listed)} prompts, but {len(found)} {what}")
+        call = next(self._calls)
+        return [
+            self._factory.make(
+                prompt,
+                params,
+                request_id=f"{call}-{number}",
+                num_draft_tokens=num_draft_tokens,
+                priority=each,
+            )
+            for number, (prompt, params, each) in enumerate(
+                zip(listed, each_params, priorities, strict=True)
+            )
+        ]
 
-    def stream(
-        self, requests: list[tuple[Request, RequestOutput]]
-    ) -> Iterator[tuple[TokenDelta, str]]:
-        """New tokens and their text as they come, of whichever request they are. Fills the outputs.
+    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, RequestOutput]]:
+        """New parts as they come: the job's number, and what is new of its one output that has
+        news.
 
         Leaving the iteration early aborts what is left. Raises EngineError if the engine is lost.
         """
-        client = self._running()
-        outputs = {request.request_id: output for request, output in requests}
-        tokenizer = self.facts.tokenizer
-        streams = {request_id: tokenizer.stream() if tokenizer else None for request_id in outputs}
-        client.submit([request for request, _ in requests])
-        left = set(outputs)
+        client, tokenizer = self._running(), self.facts.tokenizer
+        assemblers = {
+            request.request_id: (number, Assembler(request, tokenizer, index=index))
+            for number, job in enumerate(jobs)
+            for index, request in enumerate(job.requests)
+        }
+        left = {number: len(job.requests) for number, job in enumerate(jobs)}
+        client.submit([request for job in jobs for request in job.requests])
         try:
-            while left:
+            while assemblers:
                 for delta in client.poll():
-                    if delta.request_id not in left:
+                    if delta.request_id not in assemblers:
                         continue  # of a call that was left early
-                    if delta.finish_reason is not None:
-                        left.discard(delta.request_id)
+                    number, assembler = assemblers[delta.request_id]
                     if delta.error is not None:
                         raise EngineError(delta.error)
-                    stream = streams[delta.request_id]
-                    text = stream.feed(delta.token_ids) if stream else ""
-                    self._extend(outputs[delta.request_id], delta, text)
-                    yield delta, text
+                    stopped_before = assembler.stopped
+                    part = assembler.feed(delta)
+                    if delta.finish_reason is not None:
+                        del assemblers[delta.request_id]
+                        left[number] -= 1
+                    elif assembler.stopped and not stopped_before:
+                        client.abort([delta.request_id])
+                    output = self._output(jobs[number], part, finished=left[number] == 0)
+                    if delta.prompt_logprobs:
+                        positions = [assembler.position(each) for each in delta.prompt_logprobs]
+                        output.prompt_logprobs = [None, *positions]
+                    output.num_cached_tokens = delta.num_cached_tokens
+                    yield number, output
         finally:
-            if left:
-                client.abort(list(left))
+            if assemblers:
+                client.abort(list(assemblers))
+
+    def status(self) -> EngineStatus:
+        """How the engine is."""
+        return self._running().status()
 
     def close(self) -> None:
         """Free the ranks. Safe to call twice."""
@@ -181,67 +173,15 @@ class LLM:
             raise EngineError("this LLM is closed")
         return self._client
 
-    def _extend(self, output: RequestOutput, delta: TokenDelta, text: str) -> None:
-        completion = output.outputs[0]
-        completion.token_ids += delta.token_ids
-        completion.margins += delta.margins
-        completion.text += text
-        if delta.finish_reason is not None:
-            completion.finish_reason = delta.finish_reason
-            output.metrics = delta.metrics
-            if (
-                self.facts.tokenizer is not None
-            ):  # what a stream held back as half a character shows now
-                completion.text = self.facts.tokenizer.decode(completion.token_ids)
-
-    def _request(
-        self, prompt: Prompt, params: SamplingParams, num_draft_tokens: int | None
-    ) -> tuple[Request, RequestOutput]:
-        validate(params)
-        text, token_ids = self._token_ids(prompt)
-        room = self.facts.max_model_len - len(token_ids)
-        if room < 1:
-            raise PromptError(
-                f"the prompt has {len(token_ids)} tokens, the context holds {self.facts.max_model_len} with at least "
-                "one to generate"
-            )
-        number = next(self._ids)
-        request = Request(
-            request_id=f"request-{number}",
-            prompt_token_ids=tuple(token_ids),
-            params=msgspec.structs.replace(params, max_tokens=min(params.max_tokens, room)),
-            seed=params.seed if params.seed is not None else self.config.seed + number,
-            num_draft_tokens=num_draft_tokens,
-            eos_token_ids=self.facts.eos_token_ids,
+    @staticmethod
+    def _output(job: Job, part: CompletionOutput, *, finished: bool) -> RequestOutput:
+        return RequestOutput(
+            request_id=job.request_id,
+            prompt=job.prompt,
+            prompt_token_ids=job.prompt_token_ids,
+            outputs=[part],
+            finished=finished,
         )
-        output = RequestOutput(
-            request_id=request.request_id,
-            prompt=text,
-            prompt_token_ids=token_ids,
-            outputs=[CompletionOutput()],
-        )
-        return request, output
-
-    def _token_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text = prompt if isinstance(prompt, str) else prompt.get("prompt")
-        if text is not None:
-            if self.facts.tokenizer is None:
-                raise PromptError(f"{self.config.model} has no tokenizer; give prompt_token_ids")
-            token_ids = self.facts.tokenizer.encode(str(text))
-        else:
-            assert not isinstance(prompt, str)
-            given = prompt.get("prompt_token_ids")
-            if not isinstance(given, list) or not all(type(i) is int for i in given):
-                raise PromptError("a prompt is a string, or has `prompt` or `prompt_token_ids`")
-            token_ids = given
-        if not token_ids:
-            raise PromptError("the prompt is empty")
-        bad = [i for i in token_ids if not 0 <= i < self.facts.arch.vocab_size]
-        if bad:
-            raise PromptError(
-                f"token id {bad[0]} is outside the vocabulary of {self.facts.arch.vocab_size}"
-            )
-        return None if text is None else str(text), token_ids
 
 
 @contextlib.contextmanager

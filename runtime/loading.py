@@ -1,8 +1,9 @@
-"""From a config to models on a rank: which part to read, in which dtype, with room for how many
-tokens."""
+"""From a config to models on a rank: which part to read, in which dtype, with room for how many KV
+blocks."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -11,75 +12,124 @@ import torch
 from paceline.parallel.collectives import Alone
 from paceline.parallel.layer import Groups, check_groups, exact_groups, layer_groups
 from paceline.parallel.mesh import Axis, Mesh
-from paceline.runtime.config import EngineConfig, SpeculativeConfig
+from paceline.runtime.config import EngineConfig, SpeculativeConfig, parse_bytes
 from paceline.runtime.errors import ConfigError
+from paceline.runtime.kv.pool import block_bytes
+from paceline.runtime.layers.cpu_kernels import load_kernels, supports
 from paceline.runtime.models.arch import Architecture, context_length, read_architecture
-from paceline.runtime.models.llama import load_decoder
-from paceline.runtime.models.model import Model
+from paceline.runtime.models.llama import Decoder, load_decoder
+from paceline.runtime.models.model import Model, units_of
 from paceline.runtime.models.weights import Checkpoint, find_model
-from paceline.runtime.spec.calibrate import Calibration
+from paceline.runtime.sampling.grammar import GrammarCompiler
 from paceline.runtime.spec.draft_model import DraftModel
 from paceline.runtime.spec.layer_parallel import LayerParallel, Placement, Policy
+from paceline.runtime.tokenizer import Tokenizer, has_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_KV_BYTES = 4 * 2**30
+"""Of all ranks of a host together, where nothing is said; less where memory is short."""
 
 
-def load_target(config: EngineConfig, mesh: Mesh, *, num_regions: int) -> Model | None:
-    """This rank's part of the target; None on a rank that only drafts."""
-    if not mesh.target.member:
-        return None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a rank has, once every rank has it."""
+
+    target: Model | None
+    """None on a rank that only drafts."""
+    draft_model: DraftModel | None
+    """None without one or on a rank that does not draft."""
+    num_blocks: int
+    """KV blocks of each pool, the same on every rank."""
+    vocab_size: int
+    grouped: bool
+    """Whether any layers of the draft model run side by side."""
+    grammars: GrammarCompiler | None
+    """Where tokens are chosen and the model has a tokenizer."""
+
+
+def load(config: EngineConfig, mesh: Mesh, *, target: Model | None = None) -> Loaded:
+    """This rank's part of both models. All ranks must call it: they agree on the number of
+    blocks. `target` is one already loaded, for several drafters to share in turn."""
     folder = find_model(config.model)
     arch = read_architecture(folder)
-    return _load(
-        folder,
-        arch,
-        groups=exact_groups(arch.num_layers),
-        axis=mesh.target,
-        dtype=_target_dtype(config.dtype, arch, mesh.device),
-        mesh=mesh,
-        num_regions=num_regions,
-        max_len=context_length(config.max_model_len, arch),
+    max_len = context_length(config.max_model_len, arch)
+    decoder = None if target is None else target.decoder
+    if decoder is None and mesh.target.member:
+        decoder = load_decoder(
+            Checkpoint(folder),
+            arch,
+            groups=exact_groups(arch.num_layers),
+            axis=mesh.target,
+            dtype=_dtype(config.dtype, arch, mesh.device),
+            device=mesh.device,
+        )
+    drafter, layer_parallel = _load_drafter(config, mesh, vocab_size=arch.vocab_size)
+    if target is not None:
+        num_blocks = target.pool.num_blocks
+    else:
+        decoders = [each for each in (decoder, drafter) if each is not None]
+        num_blocks = _num_blocks(config, mesh, decoders, max_len=max_len)
+
+    def model(decoder: Decoder) -> Model:
+        return Model(
+            decoder,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_len=max_len,
+            kv_dtype=_kv_dtype(decoder, mesh.device),
+            device=mesh.device,
+        )
+
+    draft_model = None
+    if drafter is not None and layer_parallel is not None:
+        assert config.speculative_config is not None
+        draft_model = DraftModel(
+            model(drafter),
+            layer_parallel,
+            axis=mesh.draft,
+            max_rows=max(config.max_num_batched_tokens, config.max_num_seqs),
+            rejection=config.speculative_config.verification == "rejection",
+        )
+    return Loaded(
+        target=target if target is not None or decoder is None else model(decoder),
+        draft_model=draft_model,
+        num_blocks=num_blocks,
+        vocab_size=arch.vocab_size,
+        grouped=layer_parallel is not None and layer_parallel.any_group,
+        grammars=_grammars(folder, vocab_size=arch.vocab_size) if mesh.rank0 else None,
     )
 
 
-def load_drafter(config: EngineConfig, mesh: Mesh, *, num_regions: int) -> DraftModel | None:
-    """This rank's part of the drafter; None without speculation or on a rank that does not
-    draft."""
-    spec = config.speculative_config
-    if spec is None or not mesh.draft.member:
+def _grammars(folder: Path, *, vocab_size: int) -> GrammarCompiler | None:
+    if not has_tokenizer(folder):
         return None
+    return GrammarCompiler(Tokenizer(folder).fast, vocab_size=vocab_size)
+
+
+def _load_drafter(
+    config: EngineConfig, mesh: Mesh, *, vocab_size: int
+) -> tuple[Decoder | None, LayerParallel | None]:
+    spec = config.speculative_config
+    if spec is None or spec.method == "ngram" or not mesh.draft.member:
+        return None, None
     folder = find_model(spec.model)
     arch = read_architecture(folder)
-    target = read_architecture(find_model(config.model))
     placement = Placement(spec.placement)
-    # placement `layer`: every rank holds all of it, and the ranks meet only between layers
-    axis = (
-        mesh.draft if placement is Placement.TENSOR else Axis(size=1, index=0, collectives=Alone())
-    )
-    model = _load(
-        folder,
+    axis = mesh.draft
+    if placement is Placement.LAYER:
+        # every rank holds the whole drafter
+        axis = Axis(size=1, index=0, collectives=Alone())
+    decoder = load_decoder(
+        Checkpoint(folder),
         arch,
         groups=draft_groups(spec, arch),
         axis=axis,
-        dtype=_drafter_dtype(spec.dtype, arch, mesh.device),
-        mesh=mesh,
-        num_regions=num_regions,
-        max_len=context_length(config.max_model_len, target),
-        vocab_size=target.vocab_size,
+        dtype=_dtype(spec.dtype, arch, mesh.device),
+        device=mesh.device,
+        vocab_size=vocab_size,
     )
-    layer_parallel = LayerParallel(
-        model.decoder,
-        policy=Policy(spec.layer_parallel_policy),
-        placement=placement,
-        axis=mesh.draft,
-    )
-    return DraftModel(
-        model,
-        layer_parallel,
-        calibration=Calibration(spec.calibration),
-        axis=mesh.draft,
-        vocab_size=target.vocab_size,
-    )
+    policy = Policy(spec.layer_parallel_policy)
+    return decoder, LayerParallel(decoder, policy=policy, placement=placement, axis=mesh.draft)
 
 
 def draft_groups(spec: SpeculativeConfig, arch: Architecture) -> Groups:
@@ -101,69 +151,69 @@ def draft_groups(spec: SpeculativeConfig, arch: Architecture) -> Groups:
     return groups
 
 
-def _load(
-    folder: Path,
-    arch: Architecture,
-    *,
-    groups: Groups,
-    axis: Axis,
-    dtype: torch.dtype,
-    mesh: Mesh,
-    num_regions: int,
-    max_len: int,
-    vocab_size: int | None = None,
-) -> Model:
-    # products of a few rows are latency, not bandwidth, on a CPU: float32 attention is three times
-    # as fast there
-    kv_dtype = torch.float32 if mesh.device.type == "cpu" else dtype
-    _check_room(
-        arch, mesh.device, num_slots=num_regions * max_len, ranks=axis.size, width=kv_dtype.itemsize
+def _num_blocks(config: EngineConfig, mesh: Mesh, decoders: list[Decoder], *, max_len: int) -> int:
+    """KV blocks that fit on every rank. Raises ConfigError where not even one longest request
+    does."""
+    each = sum(
+        block_bytes(
+            units_of(decoder),
+            head_dim=decoder.arch.head_dim,
+            block_size=config.block_size,
+            dtype=_kv_dtype(decoder, mesh.device),
+        )
+        for decoder in decoders
     )
-    decoder = load_decoder(
-        Checkpoint(folder),
-        arch,
-        groups=groups,
-        axis=axis,
-        dtype=dtype,
-        device=mesh.device,
-        vocab_size=vocab_size,
-    )
-    return Model(
-        decoder, num_regions=num_regions, max_len=max_len, kv_dtype=kv_dtype, device=mesh.device
-    )
+    room = _room(config, mesh)
+    longest = -(-max_len // config.block_size)
+    # more than every request at its longest, and as much again to remember prefixes by, is no use
+    most = 2 * config.max_num_seqs * longest
+    mine = min(room // each, most, 2**24 - 1) if each else most
+    given = torch.tensor([mine], dtype=torch.float32, device=mesh.device)
+    num_blocks = int(mesh.world.collectives.all_gather(given).min().item())
+    if num_blocks < longest:
+        raise ConfigError(
+            f"the KV cache holds {num_blocks * config.block_size} tokens, a request of max_model_len "
+            f"{max_len} needs more; lower max_model_len or raise "
+            + ("gpu_memory_utilization" if mesh.device.type == "cuda" else "kv_cache_memory")
+        )
+    return num_blocks
 
 
-def _target_dtype(wanted: str, arch: Architecture, device: torch.device) -> torch.dtype:
+def _room(config: EngineConfig, mesh: Mesh) -> int:
+    """Bytes for KV on this rank."""
+    if config.kv_cache_memory is not None:
+        wanted = parse_bytes(config.kv_cache_memory, what="kv_cache_memory")
+        if mesh.device.type == "cpu" and wanted > psutil.virtual_memory().available:
+            free = psutil.virtual_memory().available / 2**30
+            raise ConfigError(
+                f"kv_cache_memory asks for {wanted / 2**30:.1f} GiB on each rank, {free:.1f} are free"
+            )
+        return wanted
+    if mesh.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(mesh.device)
+        return max(0, int(free - (1.0 - config.gpu_memory_utilization) * total))
+    return min(CPU_KV_BYTES, psutil.virtual_memory().available // 4) // mesh.world.size
+
+
+def _kv_dtype(decoder: Decoder, device: torch.device) -> torch.dtype:
+    """The weights' own, where products of it are fast: on a CPU in bfloat16 only our kernels are."""
+    dtype = decoder.groups[0].dtype
+    head_dim = decoder.arch.head_dim
+    if device.type == "cpu" and not (supports(device, dtype, head_dim=head_dim) and load_kernels()):
+        return torch.float32
+    return dtype
+
+
+def _dtype(wanted: str, arch: Architecture, device: torch.device) -> torch.dtype:
     if wanted != "auto":
         return DTYPES[wanted]
     if device.type != "cpu":
         return DTYPES[arch.dtype]
+    # float32 is a few microseconds faster for one row of a small matrix that is in the cache, and
+    # three times slower for six rows or a matrix that is not
     return torch.bfloat16 if arch.dtype == "bfloat16" and fast_bfloat16() else torch.float32
-
-
-def _drafter_dtype(wanted: str, arch: Architecture, device: torch.device) -> torch.dtype:
-    if wanted != "auto":
-        return DTYPES[wanted]
-    # one row through small matrices: measured 4 us in float32 against 16 in bfloat16 (384 x 128)
-    return torch.float32 if device.type == "cpu" else DTYPES[arch.dtype]
 
 
 def fast_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 matrices in hardware."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _check_room(
-    arch: Architecture, device: torch.device, *, num_slots: int, ranks: int, width: int
-) -> None:
-    heads = -(-arch.num_kv_heads // ranks)
-    wanted = num_slots * arch.num_layers * heads * arch.head_dim * 2 * width
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    if wanted > free:
-        raise ConfigError(
-            f"a KV cache of {num_slots} tokens needs {wanted / 2**30:.1f} GiB on each rank, {free / 2**30:.1f} are "
-            "free; lower max_model_len"
-        )

@@ -1,28 +1,127 @@
-"""An engine whose ranks are processes of this machine, or this process itself: no Ray."""
+"""An engine without Ray: its ranks are processes of this machine, or this process itself.
+
+LLM        this process: Engine ── executor ──> ranks
+a server   this process: LinkClient ── link ──> engine process: Engine ── executor ──> ranks
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import multiprocessing
 import os
+import signal
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from paceline.parallel.launch import free_port, solo_mesh, spawn
 from paceline.parallel.rank import RankSpec
 from paceline.runtime.channel import PlanSender
 from paceline.runtime.config import EngineConfig
-from paceline.runtime.engine import Engine, make_scheduler
-from paceline.runtime.errors import PlacementError
+from paceline.runtime.engine import Engine
+from paceline.runtime.engine_loop import run_engine
+from paceline.runtime.errors import (
+    DeadlineError,
+    EngineError,
+    PacelineError,
+    PlacementError,
+    UserError,
+)
 from paceline.runtime.executor import ChannelExecutor, Executor
+from paceline.runtime.link import LinkAddress, LinkClient, LinkServer
 from paceline.runtime.preflight import Facts
 from paceline.runtime.rank import local_rank
+from paceline.runtime.schedule.scheduler import make_scheduler
 from paceline.runtime.types import StepPlan, StepResult
 from paceline.runtime.worker import Worker
+
+GRACE_S = 5.0
+"""What processes get to end by themselves."""
 
 
 def local_engine(config: EngineConfig, facts: Facts) -> Engine:
     """One rank runs here, several as local processes. Raises PlacementError for more ranks than
     devices."""
+    return _engine(config, max_model_len=facts.max_model_len)
+
+
+def connect(config: EngineConfig, facts: Facts) -> LinkClient:
+    """The same engine in a process of its own, loaded and ready."""
+    folder = tempfile.TemporaryDirectory(prefix="paceline-")
+    ours, theirs = multiprocessing.Pipe()
+    address = f"ipc://{folder.name}"
+    args = (config, facts.max_model_len, f"{address}/commands", f"{address}/news", theirs)
+    (process,) = spawn(_engine_process, args=[args], daemon=False)
+    theirs.close()
+
+    def close() -> None:
+        atexit.unregister(close)
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGTERM)
+        _end([process])
+        folder.cleanup()
+
+    atexit.register(
+        close
+    )  # else a parent that forgets to close waits for its child at exit, for ever
+    try:
+        if not ours.poll(config.load_timeout_s + GRACE_S):
+            raise DeadlineError(f"waited {config.load_timeout_s:.0f} s for the engine to load")
+        address_given, error, user_error = ours.recv()
+    except (EOFError, PacelineError) as failure:
+        close()
+        if isinstance(failure, PacelineError):
+            raise
+        raise EngineError(f"the engine ended with exit code {process.exitcode}") from None
+    except BaseException:
+        close()
+        raise
+    if error is not None:
+        close()
+        raise (UserError if user_error else EngineError)(error)
+    return LinkClient(
+        LinkAddress(commands=address_given[0], news=address_given[1]),
+        watch=lambda: (
+            None if process.is_alive() else f"the engine ended with exit code {process.exitcode}"
+        ),
+        on_close=close,
+    )
+
+
+def _engine_process(
+    config: EngineConfig, max_model_len: int, commands: str, news: str, ready: Connection
+) -> None:
+    """Load, say so, serve until told to stop or the parent is gone."""
+    parent, stopped = os.getppid(), False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        # one core is the frontend's: threads that wait for one another wait longest where they
+        # outnumber the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
+    try:
+        engine = _engine(config, max_model_len=max_model_len)
+    except Exception as error:  # whatever it is, the parent must hear of it rather than wait
+        known = isinstance(error, PacelineError)
+        words = str(error) if known else f"{type(error).__name__}: {error}"
+        ready.send((None, words, isinstance(error, UserError)))
+        return
+    signal.signal(signal.SIGTERM, stop)
+    link = LinkServer(commands, news)
+    ready.send(((link.address.commands, link.address.news), None, False))
+    ready.close()
+    run_engine(engine, link, wanted=lambda: not stopped and os.getppid() == parent)
+
+
+def _engine(config: EngineConfig, *, max_model_len: int) -> Engine:
     device, count = local_devices(config.device)
     if config.world_size > count:
         raise PlacementError(
@@ -30,11 +129,15 @@ def local_engine(config: EngineConfig, facts: Facts) -> Engine:
             "tensor_parallel_size or draft_tensor_parallel_size"
         )
     executor: Executor
+    ranks: tuple[str, ...]
     if config.world_size == 1 and config.distributed_executor_backend != "mp":
-        executor = InProcess(Worker(config, solo_mesh(device)))
+        worker = Worker(config, solo_mesh(device))
+        executor, num_blocks, ranks = InProcess(worker), worker.num_blocks, (worker.facts(),)
     else:
-        executor = LocalProcesses(config, device=device)
-    return Engine(make_scheduler(config, max_model_len=facts.max_model_len), executor)
+        processes = LocalProcesses(config, device=device)
+        executor, num_blocks, ranks = processes, processes.num_blocks, processes.ranks
+    scheduler = make_scheduler(config, max_model_len=max_model_len, num_blocks=num_blocks)
+    return Engine(scheduler, executor, ranks=ranks)
 
 
 def local_devices(wanted: str) -> tuple[str, int]:
@@ -57,6 +160,9 @@ class InProcess:
 
     def step(self, plan: StepPlan) -> StepResult:
         return self._worker.step(plan)
+
+    def check(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -92,7 +198,8 @@ class LocalProcesses:
             self._processes = spawn(
                 local_rank, args=[(config, spec, self._channel.address) for spec in specs]
             )
-            self.facts = self._channel.wait_for_ranks(timeout_s=config.load_timeout_s)
+            ready = self._channel.wait_for_ranks(timeout_s=config.load_timeout_s)
+            self.ranks, self.num_blocks = ready.ranks, ready.num_blocks
         except BaseException:
             self.close()
             raise
@@ -100,19 +207,28 @@ class LocalProcesses:
     def step(self, plan: StepPlan) -> StepResult:
         return self._executor.step(plan)
 
+    def check(self) -> None:
+        self._executor.check()
+
     def close(self) -> None:
-        """Ends every process: asked first, killed after two seconds."""
+        """Ends every process: asked first, then killed."""
         self._channel.close()
-        deadline = time.monotonic() + 2.0
-        for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
-                process.join(5.0)
-        self._folder.cleanup()
+        _end(self._processes)
+        with contextlib.suppress(FileNotFoundError):
+            self._folder.cleanup()
 
     def _dead(self) -> str | None:
         for rank, process in enumerate(self._processes):
             if not process.is_alive():
                 return f"rank {rank} ended with exit code {process.exitcode}"
         return None
+
+
+def _end(processes: list[BaseProcess]) -> None:
+    """Wait a little for processes that were told to end, and kill those that do not."""
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join(GRACE_S)

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from paceline.runtime.llm import LLM, Prompt, RequestOutput
+from paceline.runtime.llm import LLM
+from paceline.runtime.outputs import Position, RequestOutput
+from paceline.runtime.requests import Prompt
 from paceline.runtime.types import SamplingParams
 
 CONTROL_TEMPERATURE_FACTOR = 1.5
@@ -77,12 +79,13 @@ class DistributionReport:
 
 
 def first_difference(plain: RequestOutput, speculative: RequestOutput) -> Difference | None:
-    """Where two greedy continuations of one prompt part, if they do."""
+    """Where two greedy continuations of one prompt part, if they do. `plain` was asked for two
+    log-probabilities per token."""
     ours, theirs = plain.outputs[0], speculative.outputs[0]
     for position, (a, b) in enumerate(zip(ours.token_ids, theirs.token_ids, strict=False)):
         if a != b:
             return Difference(
-                position=position, plain=a, speculative=b, margin=ours.margins[position]
+                position=position, plain=a, speculative=b, margin=_margin(ours.logprobs, position)
             )
     if len(ours.token_ids) != len(theirs.token_ids):
         position = min(len(ours.token_ids), len(theirs.token_ids))
@@ -90,12 +93,20 @@ def first_difference(plain: RequestOutput, speculative: RequestOutput) -> Differ
     return None
 
 
+def _margin(logprobs: list[Position] | None, position: int) -> float:
+    """Best logit minus second best: log-probabilities differ by the same."""
+    assert logprobs is not None, "expected log-probabilities with the plain text"
+    best, second = sorted((each.logprob for each in logprobs[position].values()), reverse=True)[:2]
+    return best - second
+
+
 def check_greedy(
     llm: LLM, prompts: list[Prompt], *, max_tokens: int, near_tie: float
 ) -> GreedyReport:
     """Continue every prompt with and without drafts."""
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    plain = llm.generate(prompts, params, num_draft_tokens=0, use_tqdm=False)
+    reporting = msgspec.structs.replace(params, logprobs=2)
+    plain = llm.generate(prompts, reporting, num_draft_tokens=0, use_tqdm=False)
     speculative = llm.generate(prompts, params, use_tqdm=False)
     found = [first_difference(a, b) for a, b in zip(plain, speculative, strict=True)]
     return GreedyReport(

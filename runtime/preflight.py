@@ -1,4 +1,7 @@
-"""What can be refused before anything is started: models, tokenizers, lengths."""
+"""What can be refused before anything is started: models, tokenizers, lengths.
+
+Imports no torch before `examine` reads a model: a server's front needs only the facts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import safetensors
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import ModelError
 from paceline.runtime.models.arch import Architecture, context_length, read_architecture
-from paceline.runtime.models.weights import find_model
 from paceline.runtime.tokenizer import Tokenizer, generation_eos, has_tokenizer
 
 
@@ -28,12 +30,15 @@ class Facts:
 def examine(config: EngineConfig) -> Facts:
     """Check a config against its models. Raises UserError, in one line, for what could never
     work."""
+    from paceline.runtime.models.weights import find_model
+
     folder = find_model(config.model)
     arch = read_architecture(folder)
     _check_files(folder)
     tokenizer = Tokenizer(folder) if has_tokenizer(folder) else None
-    if config.speculative_config is not None:
-        _examine_drafter(config.speculative_config.model, arch, tokenizer, target=config.model)
+    spec = config.speculative_config
+    if spec is not None and config.draft_size:
+        _examine_drafter(spec.model, arch, tokenizer, target=config.model)
     eos = dict.fromkeys((*arch.eos_token_ids, *generation_eos(folder)))
     return Facts(
         arch=arch,
@@ -46,6 +51,8 @@ def examine(config: EngineConfig) -> Facts:
 def _examine_drafter(
     drafter: str, target_arch: Architecture, tokenizer: Tokenizer | None, *, target: str
 ) -> None:
+    from paceline.runtime.models.weights import find_model
+
     folder = find_model(drafter)
     arch = read_architecture(folder)
     _check_files(folder)

@@ -31,7 +31,7 @@ def run_rank(
             logger.debug("rank %d cannot load", spec.rank, exc_info=True)
             channel.failed(error)
             return
-        channel.ready(worker.facts())
+        channel.ready(worker.facts(), num_blocks=worker.num_blocks)
         while (plan := channel.receive(alive=alive)) is not None:
             try:
                 result = worker.step(plan)

@@ -4,19 +4,20 @@ Frozen, keyword-only, and made of ints, floats, strings and lists alone, so that
 MessagePack and none can carry a tensor or a live object. A prompt crosses to the workers once;
 later plans carry only what changed.
 
-    Request ──submit──> Engine ──StepPlan──> every rank
-                          ^                     │
-    TokenDelta <──────────┴─────StepResult──────┘ (rank 0 only)
+    frontend ──Request──> coordinator ──StepPlan──> every rank
+        ^                     │  ^                     │
+        └──TokenDelta, EngineStatus  └───StepResult────┘ (rank 0 only)
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import enum
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Raised by one whenever a type below changes its meaning; both ends of a channel compare it."""
 
 
@@ -24,11 +25,34 @@ class WireType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Base of everything that is sent: immutable, keyword-only, strict about unknown fields."""
 
 
-class SamplingParams(WireType, frozen=True, kw_only=True):
+class StructuredOutputs(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """What shape the text must have: exactly one of these."""
+
+    json: str | None = None
+    """A JSON schema, as JSON text."""
+    json_object: bool = False
+    """Any JSON object."""
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    """One of these texts."""
+    grammar: str | None = None
+    """A context-free grammar in Lark's notation."""
+
+
+KvPolicyName = Literal["full", "sink_window"]
+
+
+class SamplingParams(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """How one request's tokens are chosen. Names and meanings are those of vLLM and the OpenAI
     API."""
 
-    max_tokens: Annotated[int, Meta(description="Most tokens to generate.")] = 16
+    n: Annotated[int, Meta(description="How many texts to write for the prompt.")] = 1
+    max_tokens: Annotated[
+        int | None, Meta(description="Most tokens to generate; null: as many as the context holds.")
+    ] = 16
+    min_tokens: Annotated[
+        int, Meta(description="No end-of-text token, stop token or stop string before so many.")
+    ] = 0
     temperature: Annotated[
         float, Meta(description="0 is greedy; logits are divided by it otherwise.")
     ] = 1.0
@@ -41,46 +65,112 @@ class SamplingParams(WireType, frozen=True, kw_only=True):
     min_p: Annotated[
         float, Meta(description="Drop tokens less probable than min_p times the most probable one.")
     ] = 0.0
-    seed: Annotated[
-        int | None, Meta(description="The text is a function of prompt, parameters and seed.")
+    repetition_penalty: Annotated[
+        float, Meta(description="Above 1 discourages every token of prompt and text.")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, Meta(description="Subtracted from the logit of every token the text has.")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Meta(description="Subtracted as often as the text has the token.")
+    ] = 0.0
+    logit_bias: Annotated[
+        dict[int, float] | None, Meta(description="Added to the logits of these token ids.")
     ] = None
-    ignore_eos: Annotated[bool, Meta(description="Go on past the end-of-text token.")] = False
+    stop: Annotated[
+        str | tuple[str, ...], Meta(description="End the text before any of these strings.")
+    ] = ()
     stop_token_ids: Annotated[
         tuple[int, ...], Meta(description="Stop after any of these, besides the model's own.")
     ] = ()
+    include_stop_str_in_output: Annotated[
+        bool, Meta(description="Keep the stop string at the end of the text.")
+    ] = False
+    ignore_eos: Annotated[bool, Meta(description="Go on past the end-of-text token.")] = False
+    seed: Annotated[
+        int | None, Meta(description="The text is a function of prompt, parameters and seed.")
+    ] = None
+    logprobs: Annotated[
+        int | None,
+        Meta(description="Report each token's log-probability, and those of so many best ones."),
+    ] = None
+    prompt_logprobs: Annotated[
+        int | None, Meta(description="The same for the tokens of the prompt.")
+    ] = None
+    skip_special_tokens: Annotated[
+        bool, Meta(description="Leave special tokens out of the text.")
+    ] = True
+    structured_outputs: Annotated[
+        StructuredOutputs | None, Meta(description="What shape the text must have.")
+    ] = None
+    kv_policy: Annotated[
+        KvPolicyName,
+        Meta(
+            description="full is exact; sink_window keeps the first tokens and a window (lossy, unbounded)."
+        ),
+    ] = "full"
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-class Request(WireType, frozen=True, kw_only=True):
-    """One prompt to continue."""
+
+class Request(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """One prompt to continue once: `n` texts are as many requests."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
     """Resolved: never None, so that a restarted engine draws the same numbers."""
+    max_tokens: int
+    """Resolved: within the context."""
     num_draft_tokens: int | None = None
-    """Draft tokens per round for this request; None is the engine's setting, 0 turns speculation
+    """Draft tokens per round for this request; None leaves it to the engine, 0 turns speculation
     off."""
     eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    """Lower is served first, as in vLLM."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only with those of the same salt."""
 
 
-class ScheduledRequest(WireType, frozen=True, kw_only=True):
-    """One request's share of a step: how many tokens it feeds, and how many it drafts on top."""
+DrafterName = Literal["draft_model", "ngram"]
+
+
+class ScheduledRequest(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """One request's share of a step: how many tokens it feeds, and how many it drafts on top.
+
+        committed tokens   0 ..... seen ............ seen + num_tokens ...... len
+                           |-- in KV --|-- fed in this step --|-- later steps --|
+
+    Where the fed tokens reach the last committed one, the request drafts, verifies and emits at
+    least one token; else it only fills KV: a chunk of a prompt, or of a text that is recomputed.
+    """
 
     request_id: str
     num_tokens: Annotated[int, Meta(ge=1)]
-    """Committed tokens to feed the target in this step: a prompt chunk, or the last committed
-    token."""
     num_draft_tokens: Annotated[int, Meta(ge=0)] = 0
-    """Draft budget of the round; 0 while the prompt is still being read."""
+    drafter: DrafterName = "draft_model"
+    """Who drafts, if anybody does."""
+    read_draft: bool = False
+    """Whether the draft model reads the fed tokens too, so that its KV keeps up with the target's.
+    What it has not read by the time it drafts it reads then."""
+    new_blocks: tuple[int, ...] = ()
+    """KV blocks appended to the request's table before the step. The target's and the drafter's
+    pools share block ids."""
     request: Request | None = None
-    """The request itself, the first time only."""
-    region: int | None = None
-    """The KV region given to it, the first time only."""
+    """The request itself, the first time and again after a preemption."""
+    output_token_ids: tuple[int, ...] = ()
+    """What it had written before it was preempted; with `request` only."""
+    num_cached: int = 0
+    """Tokens whose target KV is in the first blocks already; with `request` only."""
+    num_draft_cached: int = 0
+    """Tokens whose drafter KV is there, exact, already; with `request` only."""
 
 
 class StepPlan(WireType, frozen=True, kw_only=True):
@@ -89,18 +179,19 @@ class StepPlan(WireType, frozen=True, kw_only=True):
     step: int
     scheduled: tuple[ScheduledRequest, ...]
     finished: tuple[str, ...] = ()
-    """Requests to forget before the step: their KV regions may be in `scheduled` again."""
+    """Requests to forget before the step, ended or preempted: their KV blocks may be in
+    `scheduled` again."""
     shutdown: bool = False
     version: int = WIRE_VERSION
 
 
-class StageTimes(WireType, frozen=True, kw_only=True):
-    """Milliseconds on rank 0, summed over what a message covers."""
+class StageTimes(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """Milliseconds on rank 0, of one step or summed over several."""
 
     calibrate_ms: float = 0.0
     """The exact drafting pass that makes the drafter's KV exact and gives the first draft."""
     draft_ms: float = 0.0
-    """All other drafting passes."""
+    """All other drafting passes, and drawing the drafts."""
     verify_ms: float = 0.0
     """The target's pass and the verification of its result."""
 
@@ -112,43 +203,95 @@ class StageTimes(WireType, frozen=True, kw_only=True):
         )
 
 
-class RequestResult(WireType, frozen=True, kw_only=True):
-    """What a step did for one request. `token_ids` is empty while its prompt is still being
+class TokenLogprobs(WireType, frozen=True, kw_only=True):
+    """One position's log-probabilities under the target, before any sampling parameter, as in
+    vLLM."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most probable token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens, best first, as many as were asked for."""
+
+
+class RequestResult(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """What a step did for one request. `token_ids` is empty while its tokens are still being
     read."""
 
     request_id: str
-    token_ids: tuple[int, ...]
-    margins: tuple[float, ...] = ()
-    """Per token, the target's best logit minus its second best: small where rounding can change
-    greedy text."""
+    token_ids: tuple[int, ...] = ()
     num_drafted: int = 0
     num_accepted: int = 0
-    times: StageTimes = StageTimes()
+    draft_exact: int = 0
+    """How many leading tokens of the request have exact drafter KV after the step."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of `token_ids`, where asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the prompt tokens that follow those fed in this step, where asked for."""
+    error: str | None = None
+    """Why this request cannot go on; the others can."""
 
 
-class StepResult(WireType, frozen=True, kw_only=True):
-    """Rank 0's answer to a plan, or why there is none."""
+class StepResult(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """Rank 0's answer to a plan, or why there is none. One result per scheduled request, in the
+    plan's order."""
 
     step: int
     results: tuple[RequestResult, ...] = ()
+    times: StageTimes = StageTimes()
+    num_rows: int = 0
+    """Rows of the target's pass."""
     error: str | None = None
     version: int = WIRE_VERSION
 
 
+class Event(enum.StrEnum):
+    """What happens to a request, in order. Every latency is a subtraction of two of them
+    (`runtime/events.py`)."""
+
+    QUEUED = "queued"
+    """The engine has it."""
+    SCHEDULED = "scheduled"
+    """Its first tokens are in a step. Again after every preemption."""
+    FIRST_TOKEN = "first_token"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
 class RequestMetrics(WireType, frozen=True, kw_only=True):
-    """How one request went. Times are in milliseconds on rank 0 unless named otherwise."""
+    """How one request went."""
 
     num_prompt_tokens: int
     num_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose KV was there already."""
     rounds: int
     """Verification passes, each of which emitted at least one token."""
     drafted: int
     accepted: int
+    accepted_at: tuple[int, ...]
+    """Entry i counts the rounds that accepted exactly i drafts."""
     times: StageTimes
-    prefill_ms: float
-    """From the engine's first step for it to its first token."""
-    decode_s: float
-    """From the first token to the last."""
+    """Of all steps the request took part in after its first token, whoever else did."""
+    events: tuple[tuple[Event, float], ...]
+    """With seconds of the coordinator's monotonic clock."""
+
+    def at(self, event: Event) -> float | None:
+        """When it happened first; None if it did not."""
+        return next((at_s for kind, at_s in self.events if kind is event), None)
+
+    @property
+    def decode_s(self) -> float:
+        """From the first token to the end."""
+        first, last = self.at(Event.FIRST_TOKEN), self.at(Event.FINISHED)
+        return 0.0 if first is None or last is None else last - first
+
+    @property
+    def prefill_ms(self) -> float:
+        """From the first step to the first token."""
+        start, first = self.at(Event.SCHEDULED), self.at(Event.FIRST_TOKEN)
+        return 0.0 if start is None or first is None else (first - start) * 1e3
 
     @property
     def tokens_per_second(self) -> float:
@@ -156,16 +299,66 @@ class RequestMetrics(WireType, frozen=True, kw_only=True):
         return (self.num_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
 
-class TokenDelta(WireType, frozen=True, kw_only=True):
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class TokenDelta(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one request. Exactly one delta of a request has a `finish_reason`, and it is
     the last."""
 
     request_id: str
-    token_ids: tuple[int, ...]
-    margins: tuple[float, ...] = ()
+    token_ids: tuple[int, ...] = ()
     num_accepted: int = 0
     """How many of them, from the front, had been drafted."""
-    finish_reason: str | None = None
-    """"stop", "length", "abort" or "error"."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """With the first token."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose KV was there already; with the first token."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The stop token that ended it, if one of `stop_token_ids` did."""
     error: str | None = None
     metrics: RequestMetrics | None = None
+    """With the finish reason."""
+
+
+class StepStats(WireType, frozen=True, kw_only=True):
+    """One step, for histograms."""
+
+    seconds: float
+    """From its plan to its result."""
+    times: StageTimes
+    num_requests: int
+    num_rows: int
+    draft_lengths: tuple[int, ...] = ()
+    """Drafts chosen for each request that drafted."""
+
+
+class EngineStatus(WireType, frozen=True, kw_only=True):
+    """How the engine is. Counts are totals since it started."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    """Blocks that can be handed out, those that still hold a reusable prefix included."""
+    block_size: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens computed."""
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_hits: int = 0
+    num_drafts: int = 0
+    """Rounds that drafted."""
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at_position: tuple[int, ...] = ()
+    """Entry i counts the rounds in which the i-th draft was accepted."""
+    steps: tuple[StepStats, ...] = ()
+    """Those since the last status, the latest thousand at most."""
+    ranks: tuple[str, ...] = ()
+    """What each rank said of itself when it had loaded."""

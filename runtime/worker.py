@@ -1,34 +1,51 @@
 """One rank: it loads its part of the models and carries out plans.
 
 What may be added here: what every request of every kind goes through on a rank. Drafting belongs in
-`spec/`, rules of acceptance in `spec/verify.py`, anything about which request comes next in
-`schedule/`, tensors in `models/`.
+`spec/`, rules of acceptance in `spec/verify.py`, what turns logits into tokens in `sampling/`,
+anything about which request comes next in `schedule/`, tensors in `models/`.
 
-Every rank runs the same code on the same plan. A round, with rank 0 deciding:
+Every rank runs the same code on the same plan. A step, with rank 0 deciding:
 
-    rank 0      propose ──draft ids──> verify pass ──logits──> verdict ──tokens──> lengths
-    rank 1..    propose ──draft ids──> verify pass                    └─tokens──> lengths
+    rank 0      propose ──draft ids──> target pass ──logits──> tokens, verdicts ──tokens──> lengths
+    rank 1..    propose ──draft ids──> target pass                             └──tokens──> lengths
+
+All requests of a step share its passes. A request whose fed tokens reach its last committed one gets
+its drafts' rows on top, and emits at least one token; the others only fill KV.
+
+Letters: T rows of the target's pass, P rows whose logits are wanted, V vocabulary, E width.
 """
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
 from paceline.parallel.mesh import Mesh
-from paceline.parallel.tensor import best_two, gather_vocabulary
+from paceline.parallel.tensor import best, gather_vocabulary
 from paceline.runtime.clock import StageClock
 from paceline.runtime.config import EngineConfig
-from paceline.runtime.loading import load_drafter, load_target
-from paceline.runtime.models.model import Model
-from paceline.runtime.sampling.filters import distribution
+from paceline.runtime.errors import PromptError
+from paceline.runtime.loading import Loaded, load
+from paceline.runtime.sampling.batch import (
+    SampleRequest,
+    SampleState,
+    is_plain_greedy,
+    target_probs,
+    target_tokens,
+)
+from paceline.runtime.sampling.logprobs import token_logprobs
 from paceline.runtime.sampling.sampler import RoundUniforms
-from paceline.runtime.spec.drafter import Draft, Drafter
+from paceline.runtime.sequence import Sequence
+from paceline.runtime.spec.calibrate import Calibration, DraftRows
+from paceline.runtime.spec.drafter import Ask, Draft, Drafter, Reading
+from paceline.runtime.spec.ngram import NgramIndex
+from paceline.runtime.spec.ngram_drafter import NgramDrafter
 from paceline.runtime.spec.tree import DraftTree
-from paceline.runtime.spec.verify import Verdict, verify_greedy, verify_point_mass, verify_sampled
+from paceline.runtime.spec.verify import accepted_of_chain, verify_sampled
 from paceline.runtime.types import (
     Request,
     RequestResult,
@@ -36,52 +53,63 @@ from paceline.runtime.types import (
     StageTimes,
     StepPlan,
     StepResult,
+    TokenLogprobs,
 )
 
-logger = logging.getLogger(__name__)
+NO_DRAFT = Draft()
 
 
-@dataclass(slots=True, kw_only=True)
-class Sequence:
-    """One request on this rank: its committed tokens, and how many of them the target has seen."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class Feed:
+    """One request's rows in the target's pass: committed tokens, then drafts."""
 
-    request: Request
-    region: int
-    token_ids: list[int]
-    seen: int = 0
-    """Rows of the target's KV that hold committed tokens."""
+    sequence: Sequence
+    scheduled: ScheduledRequest
+    draft: Draft = NO_DRAFT
+    emitted: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
-    def prompt_left(self) -> bool:
-        return self.seen < len(self.request.prompt_token_ids)
+    def emits(self) -> bool:
+        """Whether the fed tokens reach the last committed one."""
+        sequence = self.sequence
+        return sequence.seen + self.scheduled.num_tokens == len(sequence.token_ids)
 
+    @property
+    def num_rows(self) -> int:
+        return self.scheduled.num_tokens + len(self.draft.token_ids)
 
-@dataclass(slots=True, kw_only=True)
-class Emitted:
-    """Tokens a pass committed, with the target's margins where it took the best token."""
-
-    token_ids: list[int]
-    margins: list[float] = field(default_factory=list)
-    num_accepted: int = 0
+    @property
+    def prompt_rows(self) -> int:
+        """How many of the first rows are followed by a token of the prompt whose log-probability
+        is wanted."""
+        request, seen = self.sequence.request, self.sequence.seen
+        if request.params.prompt_logprobs is None:
+            return 0
+        return max(0, min(self.scheduled.num_tokens, len(request.prompt_token_ids) - 1 - seen))
 
 
 class Worker:
     """A rank's models and the requests they work on. `step` is its one hot method."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        mesh: Mesh,
-        *,
-        num_regions: int = 1,
-        target: Model | None = None,
-    ) -> None:
-        """`target` is one already loaded on this rank, for several drafters to share in turn."""
+    def __init__(self, config: EngineConfig, mesh: Mesh, *, loaded: Loaded | None = None) -> None:
+        """`loaded` are models already on this rank, for several workers to use in turn."""
         self.mesh = mesh
-        self.target = target or load_target(config, mesh, num_regions=num_regions)
-        self.drafter: Drafter | None = load_drafter(config, mesh, num_regions=num_regions)
-        self._speculates = config.speculative_config is not None
+        self._config = config
+        models = loaded or load(config, mesh)
+        self.target = models.target
+        self.num_blocks = models.num_blocks
+        self._grammars = models.grammars
+        self._vocab_size = models.vocab_size
+        self._block_size = config.block_size
         self.sequences: dict[str, Sequence] = {}
+        spec = config.speculative_config
+        self._rejects = spec is not None and spec.verification == "rejection"
+        self._calibration = Calibration(spec.calibration) if spec else Calibration.NEVER
+        self._grouped = models.grouped
+        self.draft_model = models.draft_model
+        self._ngrams = NgramDrafter() if spec and spec.method in ("ngram", "combined") else None
 
     def facts(self) -> str:
         """One line for a person: where this rank runs and what it holds."""
@@ -92,164 +120,298 @@ class Worker:
         ]
         if self.target is not None:
             parts.append(f"target {self.target.describe()}")
-        if self.drafter is not None:
-            parts.append(f"drafter {self.drafter.describe()}")
+        if self.draft_model is not None:
+            parts.append(f"drafter {self.draft_model.describe()}")
+        if self._ngrams is not None:
+            parts.append(f"drafter {self._ngrams.describe()}")
         return ", ".join(parts)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
         """Carry out a plan. Every rank returns a result; only rank 0's is read."""
         for request_id in plan.finished:
-            self._forget(request_id)
-        results = []
-        for scheduled in plan.scheduled:
-            sequence = self._sequence(scheduled)
-            if sequence.prompt_left:
-                results.append(self._read_prompt(sequence, scheduled.num_tokens))
-            else:
-                results.append(self._round(sequence, scheduled.num_draft_tokens))
-        return StepResult(step=plan.step, results=tuple(results))
+            self.sequences.pop(request_id, None)
+        feeds = [self._feed(scheduled) for scheduled in plan.scheduled]
+        if not feeds:
+            return StepResult(step=plan.step)
+        times = self._draft(feeds)
+        clock = StageClock(self.mesh.device)
+        logits_PV = self._target_pass(feeds)
+        self._emit(feeds, logits_PV)
+        results = tuple(self._commit(feed) for feed in feeds)
+        return StepResult(
+            step=plan.step,
+            results=results,
+            times=times.plus(StageTimes(verify_ms=clock.lap())),
+            num_rows=sum(feed.num_rows for feed in feeds),
+        )
 
-    def _sequence(self, scheduled: ScheduledRequest) -> Sequence:
+    def _feed(self, scheduled: ScheduledRequest) -> Feed:
         """The request's state here, made on its first step."""
+        if scheduled.request is not None:
+            self.sequences[scheduled.request_id] = self._begin(scheduled)
+        sequence = self.sequences[scheduled.request_id]
+        if scheduled.new_blocks:
+            assert all(0 <= block < self.num_blocks for block in scheduled.new_blocks), (
+                f"expected blocks below {self.num_blocks}, found {scheduled.new_blocks}"
+            )
+            sequence.table.extend(scheduled.new_blocks)
+        return Feed(sequence=sequence, scheduled=scheduled)
+
+    def _begin(self, scheduled: ScheduledRequest) -> Sequence:
         request = scheduled.request
-        if request is not None:
-            assert scheduled.region is not None, "expected a KV region with a new request"
-            self.sequences[request.request_id] = Sequence(
-                request=request, region=scheduled.region, token_ids=list(request.prompt_token_ids)
+        assert request is not None
+        cached = scheduled.num_draft_cached
+        keeps_window = request.params.kv_policy == "sink_window"
+        sequence = Sequence(
+            request=request,
+            token_ids=[*request.prompt_token_ids, *scheduled.output_token_ids],
+            seen=scheduled.num_cached,
+            draft_rows=DraftRows(
+                calibration=self._calibration, grouped=self._grouped, exact=cached, filled=cached
+            ),
+            sinks=self._config.kv_sink_tokens if keeps_window else 0,
+            window=self._config.kv_window if keeps_window else 0,
+        )
+        if self._ngrams is not None and request.num_draft_tokens != 0:
+            spec = self._config.speculative_config
+            assert spec is not None
+            sequence.ngrams = NgramIndex(
+                sequence.token_ids,
+                min_length=spec.prompt_lookup_min,
+                max_length=spec.prompt_lookup_max,
             )
-            if self.drafter is not None:
-                self.drafter.begin(request, region=scheduled.region)
-        return self.sequences[scheduled.request_id]
+        if self.mesh.rank0:
+            self._rank0_begin(sequence, scheduled.output_token_ids)
+        return sequence
 
-    def _forget(self, request_id: str) -> None:
-        if self.sequences.pop(request_id, None) is not None and self.drafter is not None:
-            self.drafter.forget(request_id)
+    def _rank0_begin(self, sequence: Sequence, output_token_ids: tuple[int, ...]) -> None:
+        """What choosing its tokens needs. A grammar that a frontend should have refused ends its
+        request, not the engine."""
+        request = sequence.request
+        if request.params.structured_outputs is not None and self._grammars is None:
+            sequence.error = "structured_outputs needs a tokenizer, and this model has none"
+        if sequence.error is None:
+            try:
+                sequence.sample = self._sample_state(request, output_token_ids)
+                return
+            except PromptError as error:
+                sequence.error = str(error)
+        free = msgspec.structs.replace(request.params, structured_outputs=None)
+        unshaped = msgspec.structs.replace(request, params=free)
+        sequence.sample = self._sample_state(unshaped, output_token_ids)
 
-    def _read_prompt(self, sequence: Sequence, num_tokens: int) -> RequestResult:
-        """Feed a chunk of the prompt to both models; the last chunk gives the first token."""
-        clock = StageClock(self.mesh.device)
-        start = sequence.seen
-        chunk = sequence.token_ids[start : start + num_tokens]
-        logits = self._target_pass(sequence, chunk, start=start, num_logits=1)
-        sequence.seen += len(chunk)
-        emitted = Emitted(token_ids=[])
-        if not sequence.prompt_left:
-            emitted = self._commit(sequence, DraftTree.chain(()), None, logits)
-        verify_ms = clock.lap()
-        if self.drafter is not None and sequence.request.num_draft_tokens != 0:
-            self.drafter.read(sequence.request.request_id, chunk, start=start)
-        times = StageTimes(verify_ms=verify_ms, calibrate_ms=clock.lap())
-        return _result(sequence, emitted, num_drafted=0, times=times)
+    def _sample_state(self, request: Request, output_token_ids: tuple[int, ...]) -> SampleState:
+        return SampleState(
+            request,
+            vocab_size=self._vocab_size,
+            device=self.mesh.device,
+            grammars=self._grammars,
+            output_token_ids=output_token_ids,
+        )
 
-    def _round(self, sequence: Sequence, num_draft_tokens: int) -> RequestResult:
-        """Draft, verify, commit: at least one token."""
-        committed = len(sequence.token_ids)
-        draft = self._propose(sequence, num_draft_tokens)
-        clock = StageClock(self.mesh.device)
-        tree = DraftTree.chain(draft.token_ids)
-        fed = [sequence.token_ids[-1], *draft.token_ids]
-        logits = self._target_pass(sequence, fed, start=sequence.seen, num_logits=len(fed))
-        emitted = self._commit(sequence, tree, draft.probs_PV, logits)
-        sequence.seen = len(sequence.token_ids) - 1
-        if self.drafter is not None and draft.token_ids:
-            self.drafter.verified(
-                sequence.request.request_id,
-                num_committed=committed,
-                draft=draft,
-                num_accepted=emitted.num_accepted,
-            )
-        times = draft.times.plus(StageTimes(verify_ms=clock.lap()))
-        return _result(sequence, emitted, num_drafted=len(draft.token_ids), times=times)
+    def _draft(self, feeds: list[Feed]) -> StageTimes:
+        """Give every feed that wants one its draft, known to every rank of the world."""
+        times = StageTimes()
+        asking = [feed for feed in feeds if feed.scheduled.num_draft_tokens and feed.emits]
+        modelled = [feed for feed in asking if feed.scheduled.drafter == "draft_model"]
+        readings = [
+            Reading(sequence=feed.sequence, end=feed.sequence.seen + feed.scheduled.num_tokens)
+            for feed in feeds
+            if feed.scheduled.read_draft and feed not in modelled
+        ]
+        if self.draft_model is not None and (modelled or readings):
+            times = times.plus(self._ask(self.draft_model, modelled, readings))
+        if self._ngrams is not None:
+            looked_up = [feed for feed in asking if feed.scheduled.drafter == "ngram"]
+            self._ask(self._ngrams, looked_up, [])
+        if modelled and self.mesh.draft.size != self.mesh.world.size:
+            chains = [feed.draft.token_ids for feed in modelled]
+            sizes = [feed.scheduled.num_draft_tokens for feed in modelled]
+            for feed, token_ids in zip(modelled, self._tell(chains, sizes), strict=True):
+                feed.draft = Draft(token_ids=token_ids, probs_PV=feed.draft.probs_PV)
+        return times
 
-    def _propose(self, sequence: Sequence, num_tokens: int) -> Draft:
-        """The draft, known to every rank of the world."""
-        none = Draft(token_ids=(), probs_PV=None, times=StageTimes())
-        if num_tokens == 0 or not self._speculates:
-            return none
-        draft = none
-        if self.drafter is not None:
-            draft = self.drafter.propose(
-                sequence.request.request_id, sequence.token_ids, num_tokens=num_tokens
-            )
-        if self.mesh.draft.size == self.mesh.world.size:
-            return draft
-        told = self._tell(list(draft.token_ids), num_tokens)
-        return Draft(token_ids=tuple(told), probs_PV=draft.probs_PV, times=draft.times)
+    def _ask(self, drafter: Drafter, feeds: list[Feed], readings: list[Reading]) -> StageTimes:
+        asks = [
+            Ask(sequence=feed.sequence, num_tokens=feed.scheduled.num_draft_tokens)
+            for feed in feeds
+        ]
+        drafts, times = drafter.propose(asks, readings)
+        for feed, draft in zip(feeds, drafts, strict=True):
+            feed.draft = draft
+        return times
 
-    def _target_pass(
-        self, sequence: Sequence, token_ids: list[int], *, start: int, num_logits: int
-    ) -> Tensor | None:
-        """Logits of the last `num_logits` rows over this rank's vocabulary; None where the target
-        does not run."""
+    def _target_pass(self, feeds: list[Feed]) -> Tensor | None:
+        """Logits over this rank's vocabulary, `[P, V]`: of each feed the rows that prompt
+        log-probabilities need, then those after which it emits. None where the target does not
+        run."""
         if self.target is None:
             return None
-        rows = self.target.rows(self.target.tokens(token_ids), start=start, region=sequence.region)
+        token_ids: list[int] = []
+        segments = []
+        wanted: list[int] = []
+        for feed in feeds:
+            sequence, first = feed.sequence, len(token_ids)
+            fed_to = sequence.seen + feed.scheduled.num_tokens
+            token_ids += sequence.token_ids[sequence.seen : fed_to]
+            token_ids += feed.draft.token_ids
+            segments.append(sequence.segment(start=sequence.seen, num_rows=feed.num_rows))
+            wanted.extend(range(first, first + feed.prompt_rows))
+            if feed.emits:
+                wanted.extend(range(first + feed.scheduled.num_tokens - 1, len(token_ids)))
+        rows = self.target.rows(self.target.tokens(token_ids), segments)
         h_TE = self.target.decoder.exact(rows)
-        return self.target.decoder.logits(h_TE[-num_logits:])
+        if not wanted:
+            return h_TE.new_zeros(0, len(self.target.decoder.vocabulary))
+        if len(wanted) < len(token_ids):
+            h_TE = h_TE[torch.tensor(wanted, device=h_TE.device)]
+        return self.target.decoder.logits(h_TE)
 
-    def _commit(
-        self,
-        sequence: Sequence,
-        tree: DraftTree,
-        draft_probs_PV: Tensor | None,
-        logits_PV: Tensor | None,
-    ) -> Emitted:
-        """Verify the tree on rank 0, tell the others, append what was emitted."""
-        params = sequence.request.params
-        margins: list[float] = []
-        verdict: Verdict | None = None
+    def _emit(self, feeds: list[Feed], logits_PV: Tensor | None) -> None:
+        """Choose the tokens of every feed that emits, on rank 0, and tell all ranks."""
+        emitting = [feed for feed in feeds if feed.emits]
+        simple = all(
+            is_plain_greedy(feed.sequence.request.params)
+            and feed.sequence.request.params.logprobs is None
+            for feed in emitting
+        ) and not any(feed.prompt_rows for feed in feeds)
         if self.target is not None and logits_PV is not None:
             decoder = self.target.decoder
-            if params.greedy:
-                best_P, margin_P = best_two(
-                    logits_PV, offset=decoder.vocabulary.start, axis=decoder.axis
-                )
-                if self.mesh.rank0:
-                    verdict = verify_greedy(tree, best_P.tolist())
-                    margins = margin_P.tolist()
+            if simple:
+                if emitting:
+                    ids = best(logits_PV, offset=decoder.vocabulary.start, axis=decoder.axis)
+                    self._follow(emitting, _split(ids.tolist(), emitting))
             else:
                 full_PV = gather_vocabulary(
                     logits_PV, axis=decoder.axis, widths=decoder.vocabulary_widths
                 )
                 if self.mesh.rank0:
-                    verdict = self._sample(sequence, tree, draft_probs_PV, full_PV)
-        token_ids = []
-        if verdict is not None:
-            token_ids = [*(tree.token_ids[node] for node in verdict.path), verdict.token_id]
-        token_ids = self._tell(token_ids, tree.num_nodes + 1)
-        sequence.token_ids += token_ids
-        return Emitted(
-            token_ids=token_ids, margins=margins[: len(token_ids)], num_accepted=len(token_ids) - 1
+                    self._rank0_choose(feeds, full_PV)
+        sizes = [1 + len(feed.draft.token_ids) for feed in emitting]
+        told = self._tell([feed.emitted for feed in emitting], sizes)
+        for feed, token_ids in zip(emitting, told, strict=True):
+            feed.emitted = token_ids
+
+    def _follow(self, emitting: list[Feed], tokens: list[list[int]]) -> None:
+        """Keep each chain as far as the target's own tokens agree with it, and add the next one."""
+        for feed, own in zip(emitting, tokens, strict=True):
+            kept = accepted_of_chain(feed.draft.token_ids, own)
+            feed.emitted = tuple(own[: kept + 1])
+
+    def _rank0_choose(self, feeds: list[Feed], logits_PV: Tensor) -> None:
+        """Tokens and log-probabilities of every feed, from the whole vocabulary."""
+        emitting, rows, first = [], [], 0
+        for feed in feeds:
+            if feed.prompt_rows:
+                request = feed.sequence.request
+                asked = request.params.prompt_logprobs
+                after = feed.sequence.seen + 1
+                feed.prompt_logprobs = tuple(
+                    token_logprobs(
+                        logits_PV[first : first + feed.prompt_rows],
+                        request.prompt_token_ids[after : after + feed.prompt_rows],
+                        num_top=[asked or 0] * feed.prompt_rows,
+                    )
+                )
+                first += feed.prompt_rows
+            if feed.emits:
+                end = first + 1 + len(feed.draft.token_ids)
+                emitting.append(feed)
+                rows.append(logits_PV[first:end])
+                first = end
+        coupled = [
+            (feed, part) for feed, part in zip(emitting, rows, strict=True) if not self._drawn(feed)
+        ]
+        if coupled:
+            requests = [_sample_request(feed) for feed, _ in coupled]
+            tokens = target_tokens(torch.cat([part for _, part in coupled]), requests)
+            self._follow([feed for feed, _ in coupled], tokens)
+        for feed, part in zip(emitting, rows, strict=True):
+            if self._drawn(feed):
+                feed.emitted = self._verify_drawn(feed, part)
+            asked = feed.sequence.request.params.logprobs
+            if asked is not None:
+                count = len(feed.emitted)
+                feed.logprobs = tuple(
+                    token_logprobs(part[:count], feed.emitted, num_top=[asked] * count)
+                )
+
+    def _drawn(self, feed: Feed) -> bool:
+        """Whether the rejection rule decides."""
+        return self._rejects and not feed.sequence.request.params.greedy
+
+    def _verify_drawn(self, feed: Feed, logits_PV: Tensor) -> tuple[int, ...]:
+        request = _sample_request(feed)
+        probs_PV = target_probs(logits_PV, request)
+        draft_probs_PV = feed.draft.probs_PV
+        if draft_probs_PV is None:  # chosen, not drawn: sure of itself
+            draft_probs_PV = torch.zeros_like(probs_PV[:-1])
+            if feed.draft.token_ids:
+                chosen = torch.tensor(feed.draft.token_ids, device=probs_PV.device)[:, None]
+                draft_probs_PV.scatter_(1, chosen, 1.0)
+        state = request.state
+        uniforms = RoundUniforms(state.request.seed, state.num_committed)
+        tree = DraftTree.chain(feed.draft.token_ids)
+        verdict = verify_sampled(tree, probs_PV, draft_probs_PV, uniforms=uniforms)
+        return (*(tree.token_ids[node] for node in verdict.path), verdict.token_id)
+
+    def _commit(self, feed: Feed) -> RequestResult:
+        """Move the lengths; nothing is copied."""
+        sequence, num_drafted = feed.sequence, len(feed.draft.token_ids)
+        num_accepted = max(0, len(feed.emitted) - 1)
+        if num_drafted and feed.scheduled.drafter == "draft_model":
+            sequence.draft_rows.verified(
+                committed=len(sequence.token_ids),
+                num_drafted=num_drafted,
+                num_accepted=num_accepted,
+            )
+        sequence.seen += feed.scheduled.num_tokens + num_accepted
+        sequence.commit(feed.emitted)
+        return RequestResult(
+            request_id=feed.scheduled.request_id,
+            token_ids=feed.emitted,
+            num_drafted=num_drafted,
+            num_accepted=num_accepted,
+            draft_exact=sequence.draft_rows.exact,
+            logprobs=feed.logprobs,
+            prompt_logprobs=feed.prompt_logprobs,
+            error=sequence.error or _grammar_error(sequence),
         )
 
-    def _sample(
-        self, sequence: Sequence, tree: DraftTree, draft_probs_PV: Tensor | None, logits_PV: Tensor
-    ) -> Verdict:
-        probs_PV = distribution(logits_PV, sequence.request.params)
-        uniforms = RoundUniforms(sequence.request.seed, len(sequence.token_ids))
-        if draft_probs_PV is None:
-            return verify_point_mass(tree, probs_PV, uniforms=uniforms)
-        return verify_sampled(tree, probs_PV, draft_probs_PV, uniforms=uniforms)
-
-    def _tell(self, token_ids: list[int], most: int) -> list[int]:
-        """Rank 0's token ids, at most `most` of them, on every rank of the world."""
-        if self.mesh.world.size == 1:
-            return token_ids
-        words = [len(token_ids), *token_ids, *[0] * (most - len(token_ids))]
+    def _tell(self, chains: Many[Many[int]], sizes: list[int]) -> list[tuple[int, ...]]:
+        """Rank 0's chains of token ids, the i-th at most `sizes[i]` long, on every rank."""
+        if self.mesh.world.size == 1 or not sizes:
+            return [tuple(chain) for chain in chains]
+        words: list[int] = []
+        for chain, size in zip(chains, sizes, strict=True):
+            words += [len(chain), *chain, *[0] * (size - len(chain))]
         told = torch.tensor(words, dtype=torch.int64, device=self.mesh.device)
-        words = self.mesh.world.collectives.broadcast_(told).tolist()
-        return [int(word) for word in words[1 : 1 + words[0]]]
+        words = [int(word) for word in self.mesh.world.collectives.broadcast_(told).tolist()]
+        found, at = [], 0
+        for size in sizes:
+            found.append(tuple(words[at + 1 : at + 1 + words[at]]))
+            at += 1 + size
+        return found
 
 
-def _result(
-    sequence: Sequence, emitted: Emitted, *, num_drafted: int, times: StageTimes
-) -> RequestResult:
-    return RequestResult(
-        request_id=sequence.request.request_id,
-        token_ids=tuple(emitted.token_ids),
-        margins=tuple(emitted.margins),
-        num_drafted=num_drafted,
-        num_accepted=emitted.num_accepted,
-        times=times,
-    )
+def _grammar_error(sequence: Sequence) -> str | None:
+    """Why its text can no longer follow its grammar, such as a bound of the compiler met midway."""
+    state = sequence.sample
+    return None if state is None or state.grammar is None else state.grammar.error
+
+
+def _sample_request(feed: Feed) -> SampleRequest:
+    state = feed.sequence.sample
+    assert state is not None, "expected the deciding rank"
+    return SampleRequest(state=state, drafts=feed.draft.token_ids)
+
+
+def _split(values: list[int], feeds: list[Feed]) -> list[list[int]]:
+    """One list per feed: its root row and its drafts' rows."""
+    found, at = [], 0
+    for feed in feeds:
+        end = at + 1 + len(feed.draft.token_ids)
+        found.append(values[at:end])
+        at = end
+    return found

@@ -21,3 +21,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session", params=[True, False], ids=["kernels", "torch"])
+def native(request: pytest.FixtureRequest) -> bool:
+    """Whether to compute with the compiled kernels: either form of what comes in two."""
+    from paceline.runtime.layers.cpu_kernels import load_kernels
+
+    if request.param and load_kernels() is None:
+        pytest.skip("no C++ compiler")
+    return bool(request.param)

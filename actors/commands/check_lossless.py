@@ -6,13 +6,13 @@ import argparse
 from typing import Any
 
 from paceline.runtime.errors import ConfigError
-from paceline.runtime.llm import Prompt, TextPrompt, TokensPrompt
 from paceline.runtime.lossless import (
     NEAR_TIE,
     NEAR_TIE_FLOAT32,
     check_distribution,
     check_greedy,
 )
+from paceline.runtime.requests import Prompt, TextPrompt, TokensPrompt
 
 NAME = "check-lossless"
 POSITIONAL = ("model",)

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from paceline.actors.status_line import StatusLine
 from paceline.runtime.errors import ConfigError, PromptError
-from paceline.runtime.llm import LLM, Prompt, RequestOutput, TextPrompt, TokensPrompt
+from paceline.runtime.llm import LLM
 from paceline.runtime.lossless import NEAR_TIE, first_difference
-from paceline.runtime.types import RequestMetrics, SamplingParams
+from paceline.runtime.outputs import RequestOutput, empty_output
+from paceline.runtime.requests import Prompt, TextPrompt, TokensPrompt
+from paceline.runtime.types import Event, RequestMetrics, SamplingParams
 
 NAME = "generate"
 POSITIONAL: tuple[str, ...] = ()
@@ -55,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
             with open(args.output, "w") as file:
                 file.writelines(json.dumps(_record(output)) + "\n" for output in outputs)
         if args.compare:
-            plain = llm.generate(prompts, params, num_draft_tokens=0, use_tqdm=False)
+            reporting = msgspec.structs.replace(params, logprobs=2)
+            plain = llm.generate(prompts, reporting, num_draft_tokens=0, use_tqdm=False)
             return 0 if screen.comparison(plain, outputs, greedy=params.greedy) else 1
     return 0
 
@@ -101,13 +106,15 @@ def _read_prompt(line: str, where: str) -> Prompt:
 def _generate(
     llm: LLM, prompts: list[Prompt], params: SamplingParams, screen: Screen
 ) -> list[RequestOutput]:
-    requests = llm.requests(prompts, params)
-    outputs = {request.request_id: output for request, output in requests}
+    jobs = llm.jobs(prompts, params)
+    outputs = [empty_output(job) for job in jobs]
     with StatusLine(sys.stderr) as status:
-        for delta, text in llm.stream(requests):
-            screen.show(outputs[delta.request_id], text, ended=delta.finish_reason is not None)
-            screen.progress(status, len(delta.token_ids), delta.num_accepted)
-    return list(outputs.values())
+        for number, part in llm.stream(jobs):
+            outputs[number].add(part)
+            screen.show(number, outputs[number])
+            new = part.outputs[0]
+            screen.progress(status, len(new.token_ids), new.num_accepted)
+    return outputs
 
 
 def _record(output: RequestOutput) -> dict[str, Any]:
@@ -150,13 +157,23 @@ class Totals:
 
 
 def add_up(outputs: list[RequestOutput]) -> Totals:
-    """Decoding only: tokens after each request's first."""
-    each: list[RequestMetrics] = [output.metrics for output in outputs if output.metrics]
-    decode_s = sum(m.decode_s for m in each)
+    """Decoding only: tokens after each request's first. Where requests ran side by side, each stage
+    gets its share of the time they took together."""
+    each: list[RequestMetrics] = [
+        completion.metrics
+        for output in outputs
+        for completion in output.outputs
+        if completion.metrics
+    ]
+    begun = [at for m in each if (at := m.at(Event.FIRST_TOKEN)) is not None]
+    ended = [at for m in each if (at := m.at(Event.FINISHED)) is not None]
+    summed_s = sum(m.decode_s for m in each)
+    decode_s = min(summed_s, max(ended) - min(begun)) if begun and ended else 0.0
+    overlap = decode_s / summed_s if summed_s else 0.0
     stages = {
-        "calibrate (exact drafting pass)": sum(m.times.calibrate_ms for m in each),
-        "draft (other drafting passes)": sum(m.times.draft_ms for m in each),
-        "verify (target pass)": sum(m.times.verify_ms for m in each),
+        "calibrate (exact drafting pass)": overlap * sum(m.times.calibrate_ms for m in each),
+        "draft (other drafting passes)": overlap * sum(m.times.draft_ms for m in each),
+        "verify (target pass)": overlap * sum(m.times.verify_ms for m in each),
     }
     rest = max(0.0, decode_s * 1e3 - sum(stages.values()))
     return Totals(
@@ -180,27 +197,41 @@ class Screen:
         self._live = out.isatty()
         self._num_prompts = num_prompts
         self._done = 0
-        self._begun: set[str] = set()
+        self._outputs: dict[int, RequestOutput] = {}
+        """Those that have text."""
+        self._head = 0
+        """The prompt whose text is shown as it comes; later ones wait until it has ended."""
+        self._shown: dict[int, int] = {}
+        """Characters of each that are out."""
         self._started_s = started_s
         self._first_token_at: float | None = None
         self._last_progress_s = 0.0
         self._tokens = self._accepted = 0
 
-    def show(self, output: RequestOutput, text: str, *, ended: bool) -> None:
-        """New text of one prompt; prompts run one after another, so texts never mix."""
+    def show(self, number: int, output: RequestOutput) -> None:
+        """Text of one prompt so far. Prompts run side by side, but their texts come out one after
+        another."""
         if self._first_token_at is None:
             self._first_token_at = time.perf_counter()
-        if output.request_id not in self._begun:
-            self._begun.add(output.request_id)
+        self._outputs[number] = output
+        self._done += output.finished
+        while (head := self._outputs.get(self._head)) is not None:
+            self._write(self._head, head)
+            if not head.finished:
+                break
+            self._out.write("\n")
+            self._head += 1
+        self._out.flush()
+
+    def _write(self, number: int, output: RequestOutput) -> None:
+        text, shown = output.outputs[0].text, self._shown.get(number)
+        if shown is None:
             if self._num_prompts > 1:
-                self._out.write(f"--- {self._done + 1}/{self._num_prompts}\n")
+                self._out.write(f"--- {number + 1}/{self._num_prompts}\n")
             if self._live and output.prompt is not None:
                 self._out.write(output.prompt)
-        self._out.write(text)
-        if ended:
-            self._done += 1
-            self._out.write("\n")
-        self._out.flush()
+        self._out.write(text[shown or 0 :])
+        self._shown[number] = len(text)
 
     def progress(self, status: StatusLine, num_tokens: int, num_accepted: int) -> None:
         """Keep the line at the foot up to date, a few times a second."""

@@ -1,82 +1,148 @@
-"""Attention of some rows of one request over its KV region.
+"""Attention of a packed pass over its paged KV cache: rotate, write, attend.
 
-Letters: T rows of this pass, S positions they may see, U attention units here, G query heads per
-unit, D head width.
+Letters: T rows of the pass, B segments, R rows of a segment, S positions they may see, U attention
+units here, G query heads per unit, D head width, N blocks, I tiles of sixteen tokens in each.
 
 The query heads of a unit share a key, so they are folded into rows: one batched product over units,
 whatever the number of layers the units come from. That is what lets a group of layers run as one
 wide layer.
+
+Two forms of one computation: a compiled kernel on CPUs, and torch operations, which serve every
+device and are what the kernel is tested against. Segments of equally many rows go through torch
+together, padded to the longest.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-FEW_ROWS = 32
-"""Up to here masks are cached and scores formed in full; above, as in prompts, the library's fused
-kernel."""
+from paceline.runtime.inputs import Rows, Segment
+from paceline.runtime.kv.pool import TILE, KvPool
+from paceline.runtime.layers.cpu_kernels import load_kernels
+from paceline.runtime.layers.rope import rotate
 
 
-class Masks:
-    """Additive causal masks, cached by shape: a pass over any position is a slice of one
-    template."""
+def attend(
+    heads: Tensor,  # [T, U, G+2, D]: query heads, key, value of every unit, not yet rotated
+    *,
+    rows: Rows,
+    group: int,
+    units: range,
+    window: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Context of every query head, `[T, U*G*D]` in `dtype`. Writes the rows' keys and values.
 
-    def __init__(self, *, max_len: int, device: torch.device) -> None:
-        self._max_len = max_len
-        self._device = device
-        self._templates: dict[tuple[int, int, int | None], Tensor] = {}
-
-    def few(self, num_rows: int, *, queries: int, seen: int, window: int | None) -> Tensor | None:
-        """`[G*T, S]` for the last `num_rows` of `seen` positions, or None where every row sees
-        everything."""
-        if num_rows == 1 and (window is None or seen <= window):
-            return None
-        key = (num_rows, queries, window)
-        template = self._templates.get(key)
-        if template is None:
-            # column c stands for the position c - max_len relative to the first row
-            mask = _causal(num_rows, self._max_len + num_rows, window=window, device=self._device)
-            template = self._templates[key] = mask.repeat(queries, 1)
-        return template[:, template.shape[1] - seen :]
-
-    def many(self, num_rows: int, *, seen: int, window: int | None) -> Tensor:
-        """`[T, S]`, made for the occasion."""
-        return _causal(num_rows, seen, window=window, device=self._device)
-
-
-def _causal(num_rows: int, seen: int, *, window: int | None, device: torch.device) -> Tensor:
-    """0 where row t, standing at position `seen - num_rows + t`, may look; minus infinity
-    elsewhere."""
-    row = torch.arange(seen - num_rows, seen, device=device)[:, None]
-    column = torch.arange(seen, device=device)[None, :]
-    hidden = column > row
-    if window is not None:
-        hidden = hidden | (column <= row - window)
-    return torch.zeros(num_rows, seen, device=device).masked_fill_(hidden, -torch.inf)
+    `window` is the layers' own sliding window; a segment may bring a narrower one.
+    """
+    if rows.native is not None:
+        kernels = load_kernels()
+        assert kernels is not None, "expected compiled kernels behind a native pass"
+        return kernels.attend(
+            rows.native,
+            heads,
+            rows.pool.groups[group][:, :, units.start : units.stop],
+            queries=heads.shape[2] - 2,
+            window=window,
+            scale=rows.scale,
+            dtype=dtype,
+        )
+    return _attend_torch(heads, rows=rows, group=group, units=units, window=window).to(dtype)
 
 
-def attend(queries_TUGD: Tensor, kv_US2D: Tensor, *, masks: Masks, window: int | None) -> Tensor:
-    """Context of every query head, `[U, G, T, D]`. Queries come scaled and rotated; the rows are
-    the last T of S."""
-    T, U, G, D = queries_TUGD.shape
-    keys, values = kv_US2D[:, :, 0], kv_US2D[:, :, 1]  # [U, S, D]
-    seen = kv_US2D.shape[1]
-    if T <= FEW_ROWS:
-        folded = queries_TUGD.permute(1, 2, 0, 3).reshape(U, G * T, D)
-        mask = masks.few(T, queries=G, seen=seen, window=window)
-        if mask is None:
-            scores = torch.bmm(folded, keys.transpose(1, 2))  # [U, G*T, S]
-        else:
-            scores = torch.baddbmm(mask.to(folded.dtype), folded, keys.transpose(1, 2))
-        return torch.bmm(torch.softmax(scores, dim=-1), values).view(U, G, T, D)
-    context = F.scaled_dot_product_attention(
-        queries_TUGD.permute(1, 2, 0, 3).reshape(1, U * G, T, D),
-        keys.unsqueeze(0),
-        values.unsqueeze(0),
-        attn_mask=masks.many(T, seen=seen, window=window).to(queries_TUGD.dtype),
-        scale=1.0,
-        enable_gqa=G > 1,
+def _attend_torch(
+    heads: Tensor, *, rows: Rows, group: int, units: range, window: int | None
+) -> Tensor:
+    T, U, G, D = heads.shape[0], heads.shape[1], heads.shape[2] - 2, heads.shape[3]
+    pool, device = rows.pool, heads.device
+    keys, values = (
+        pool.keys(group)[units.start : units.stop],
+        pool.values(group)[units.start : units.stop],
     )
-    return context.view(U, G, T, D)
+    turned = rotate(heads[:, :, : G + 1], rows.rotation)  # [T, U, G+1, D]
+    blocks_T, tiles_T, lanes_T = _slots(rows)
+    key = turned[:, :, G].to(keys.dtype)  # [T, U, D]
+    keys[:, blocks_T, tiles_T, :, lanes_T] = key  # advanced indices apart: [T, U, D]
+    values[:, blocks_T, tiles_T, lanes_T] = heads[:, :, G + 1].transpose(0, 1).to(values.dtype)
+    queries = turned[:, :, :G] * rows.scale
+    at_sinks = None
+    if rows.sink_rotation is not None:
+        at_sinks = rotate(heads[:, :, :G], rows.sink_rotation) * rows.scale
+    context = torch.empty(T, U, G, D, device=device)
+    for num_rows, found in _alike(rows.segments).items():
+        starts = torch.tensor([start for start, _ in found], device=device)
+        rows_BR = starts[:, None] + torch.arange(num_rows, device=device)  # [B, R]
+        segments = [segment for _, segment in found]
+        blocks_BN = _gathered(segments, pool, device)  # [B, N]
+        key_BUDS, value_BUSD = _read_keys(keys, blocks_BN), _read_values(values, blocks_BN)
+        here = queries[rows_BR].permute(0, 2, 3, 1, 4).reshape(len(found), U, G * num_rows, D)
+        scores = here.to(keys.dtype) @ key_BUDS  # [B, U, G*R, S]
+        hidden, sinks = _hidden(segments, rows.positions[rows_BR], key_BUDS.shape[-1], window)
+        if at_sinks is not None:
+            there = at_sinks[rows_BR].permute(0, 2, 3, 1, 4).reshape(len(found), U, G * num_rows, D)
+            scores = torch.where(sinks[:, None, None, :], there.to(keys.dtype) @ key_BUDS, scores)
+        scores = scores.masked_fill(hidden.repeat(1, G, 1)[:, None], -torch.inf)
+        mixed = torch.softmax(scores.float(), dim=-1).to(values.dtype) @ value_BUSD
+        context[rows_BR] = mixed.float().view(len(found), U, G, num_rows, D).permute(0, 3, 1, 2, 4)
+    return context.view(T, -1)
+
+
+def _slots(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Block, tile in it and place in that of every row, `[T]` each."""
+    size = rows.pool.block_size
+    blocks = []
+    for segment in rows.segments:
+        positions = torch.arange(segment.end - segment.num_rows, segment.end)
+        blocks.append(segment.table.ids()[positions // size])
+    offsets_T = rows.positions % size
+    return torch.cat(blocks).to(rows.positions.device), offsets_T // TILE, offsets_T % TILE
+
+
+def _alike(segments: Sequence[Segment]) -> dict[int, list[tuple[int, Segment]]]:
+    """Segments with the row each begins at, by their number of rows."""
+    found: dict[int, list[tuple[int, Segment]]] = defaultdict(list)
+    start = 0
+    for segment in segments:
+        found[segment.num_rows].append((start, segment))
+        start += segment.num_rows
+    return found
+
+
+def _gathered(segments: list[Segment], pool: KvPool, device: torch.device) -> Tensor:
+    """Block ids `[B, blocks]`, padded with a block that is hidden anyway."""
+    width = max(-(-segment.end // pool.block_size) for segment in segments)
+    ids = torch.zeros(len(segments), width, dtype=torch.int64)
+    for b, segment in enumerate(segments):
+        used = -(-segment.end // pool.block_size)
+        ids[b, :used] = segment.table.ids()[:used]
+    return ids.to(device)
+
+
+def _read_keys(keys: Tensor, blocks_BN: Tensor) -> Tensor:
+    """`[U, blocks, I, D, 16]` at `[B, N]` to `[B, U, D, S]`."""
+    found = keys[:, blocks_BN]  # [U, B, N, I, D, 16]
+    return found.permute(1, 0, 4, 2, 3, 5).flatten(3)
+
+
+def _read_values(values: Tensor, blocks_BN: Tensor) -> Tensor:
+    """`[U, blocks, I, 16, D]` at `[B, N]` to `[B, U, S, D]`."""
+    return values[:, blocks_BN].permute(1, 0, 2, 3, 4, 5).flatten(2, 4)
+
+
+def _hidden(
+    segments: list[Segment], positions_BR: Tensor, num_seen: int, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """What each row must not see, `[B, R, S]`; and which positions are sinks, `[B, S]`."""
+    device = positions_BR.device
+    column = torch.arange(num_seen, device=device)
+    own = torch.tensor([s.window or num_seen + 1 for s in segments], device=device)[:, None, None]
+    sinks = torch.tensor([s.sinks for s in segments], device=device)[:, None]
+    if window is not None:
+        own = own.clamp(max=window)
+    row = positions_BR[..., None]
+    far = (column <= row - own) & (column >= sinks[:, None])
+    return (column > row) | far, column < sinks

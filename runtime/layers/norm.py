@@ -9,13 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paceline.runtime.layers.cpu_kernels import load_kernels, supports
 
-def rms(x_TE: Tensor, *, eps: Tensor) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps)` over the last dimension, in x's dtype. `eps` is a tensor of shape
-    `[1]`.
 
-    Four kernels instead of the six of `torch.nn.functional.rms_norm` on a CPU, where a launch costs
-    more than the arithmetic.
+def rms(x: Tensor, *, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps)` over the last dimension, in x's dtype."""
+    return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps)
+
+
+def add_rms(h_TE: Tensor, delta_TE: Tensor | None, *, eps: float, dtype: torch.dtype) -> Tensor:
+    """Add what the last block made to the residual stream, in place, and normalise the sum:
+    `[T, E]` in `dtype`.
+
+    Between two products a CPU would spend more on six small operations than on the products.
     """
-    norm = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True)
-    return x_TE * torch.rsqrt(torch.addcmul(eps, norm, norm, value=1.0 / x_TE.shape[-1]))
+    if supports(h_TE.device, dtype, dtype if delta_TE is None else delta_TE.dtype):
+        kernels = load_kernels()
+        if kernels is not None:
+            return kernels.add_rms(h_TE, delta_TE, eps=eps, dtype=dtype)
+    if delta_TE is not None:
+        h_TE += delta_TE
+    return rms(h_TE, eps=eps).to(dtype)

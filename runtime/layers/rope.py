@@ -1,11 +1,6 @@
-"""Rotary position embedding for the heads of one attention unit: queries, then the key, then the
-value.
+"""Rotary position embedding: the angles of a pass, and turning heads by them.
 
-Letters: T tokens, G query heads per unit, D head width, M longest context.
-
-All heads of a unit are rotated by one multiply-add over `[T, U, G+2, D]`: the value head has cosine
-1 and sine 0, and the query heads carry the softmax scale, so that neither costs a kernel of its
-own.
+Letters: T rows, D head width, M positions kept ready.
 """
 
 from __future__ import annotations
@@ -18,55 +13,50 @@ from torch import Tensor
 from paceline.runtime.models.arch import Architecture
 
 READY_ELEMENTS = 2**24
-"""Up to here rotations are kept for every position, in the shape a pass wants them: 64 MiB each of cos and sin."""
+"""Up to here the angles of every position are kept: 64 MiB each of cosines and sines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
-    """What a pass multiplies its heads with: cosines, and sines with the sign of the half they
-    meet."""
+    """Per row of a pass; sines have the sign of the half they meet."""
 
-    cos: Tensor  # [T, 1, G+2, D] float32
-    sin: Tensor  # [T, 1, G+2, D] float32
+    cos: Tensor  # [T, D] float32
+    sin: Tensor  # [T, D] float32
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """`[T, U, G+2, D]` in any dtype to the same shape in float32."""
-    half = heads.shape[-1] // 2
-    return torch.addcmul(heads * rotation.cos, torch.roll(heads, half, -1), rotation.sin)
+    """Heads `[T, ..., D]` in any dtype, turned, in float32."""
+    shape = (heads.shape[0], *[1] * (heads.dim() - 2), heads.shape[-1])
+    cos, sin = rotation.cos.view(shape), rotation.sin.view(shape)
+    return torch.addcmul(heads * cos, torch.roll(heads, heads.shape[-1] // 2, -1).float(), sin)
 
 
 class RopeTable:
-    """Rotations for every position of a context of up to `max_len` tokens."""
+    """Rotations for positions of a model. Those beyond `max_len` are computed when asked for: a
+    request that keeps only a window may go on for ever."""
 
     def __init__(self, arch: Architecture, *, max_len: int, device: torch.device) -> None:
-        frequency_D, amplitude = _frequencies(arch, max_len=max_len)
-        angle_MD = torch.outer(torch.arange(max_len, dtype=torch.float32), frequency_D)  # [M, D/2]
-        cos, sin = angle_MD.cos() * amplitude, angle_MD.sin() * amplitude
-        self._cos_MD = torch.cat((cos, cos), dim=1).to(device)
-        self._sin_MD = torch.cat((-sin, sin), dim=1).to(device)
-        self._scale = arch.head_dim**-0.5
-        self._ready: dict[int, Rotation] = {}
+        frequency_D, self._amplitude = _frequencies(arch, max_len=max_len)
+        self._frequency_D = frequency_D.double().to(device)  # [D/2]
+        self._num_ready = min(max_len, READY_ELEMENTS // arch.head_dim)
+        self._ready = self._make(torch.arange(self._num_ready, device=device))
 
-    def rotation(self, start: int, *, num_tokens: int, queries: int) -> Rotation:
-        """For tokens at positions `start` and on, whose units have `queries` query heads."""
-        rows = slice(start, start + num_tokens)
-        if self._cos_MD.numel() * (queries + 2) > READY_ELEMENTS:
-            return self._make(rows, queries=queries)
-        if queries not in self._ready:
-            self._ready[queries] = self._make(slice(None), queries=queries)
-        ready = self._ready[queries]
-        return Rotation(cos=ready.cos[rows], sin=ready.sin[rows])
+    def rotation(self, positions_T: Tensor, *, largest: int) -> Rotation:
+        """For rows at `positions_T` `[T]`, none of which is beyond `largest`."""
+        if largest > self._num_ready:
+            return self._make(positions_T)
+        return Rotation(
+            cos=self._ready.cos.index_select(0, positions_T),
+            sin=self._ready.sin.index_select(0, positions_T),
+        )
 
-    def _make(self, rows: slice, *, queries: int) -> Rotation:
-        cos_TD, sin_TD = self._cos_MD[rows, None], self._sin_MD[rows, None]  # [T, 1, D]
-        cos = torch.ones(cos_TD.shape[0], queries + 2, cos_TD.shape[-1], device=cos_TD.device)
-        sin = torch.zeros_like(cos)
-        cos[:, :queries] = cos_TD * self._scale
-        sin[:, :queries] = sin_TD * self._scale
-        cos[:, queries] = cos_TD[:, 0]
-        sin[:, queries] = sin_TD[:, 0]
-        return Rotation(cos=cos.unsqueeze(1), sin=sin.unsqueeze(1))
+    def _make(self, positions_T: Tensor) -> Rotation:
+        angle_TD = torch.outer(positions_T.double(), self._frequency_D)  # [T, D/2]
+        cos, sin = (
+            (angle_TD.cos() * self._amplitude).float(),
+            (angle_TD.sin() * self._amplitude).float(),
+        )
+        return Rotation(cos=torch.cat((cos, cos), dim=1), sin=torch.cat((-sin, sin), dim=1))
 
 
 def _frequencies(arch: Architecture, *, max_len: int) -> tuple[Tensor, float]:

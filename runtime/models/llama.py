@@ -7,6 +7,9 @@ One forward pass, read from the bottom up in `Decoder.exact`:
 
     embed -> for every layer: h += sum over ranks(attention(h));  h += sum over ranks(mlp(h)) -> norm -> head
 
+Each block hands its sum on as `delta`, and the next norm adds it: the residual stream is
+h + delta.
+
 Layers live in groups, because a group may also run as one wide layer
 (`runtime/spec/layer_parallel.py`). The weights of a group are stacked once, and every exact layer
 is a view of its part of the stack:
@@ -33,8 +36,7 @@ from paceline.runtime.layers.attention import attend
 from paceline.runtime.layers.embed import Embedding
 from paceline.runtime.layers.linear import Linear
 from paceline.runtime.layers.mlp import swiglu
-from paceline.runtime.layers.norm import rms
-from paceline.runtime.layers.rope import rotate
+from paceline.runtime.layers.norm import add_rms, rms
 from paceline.runtime.models.arch import Architecture, read_rope, token_ids
 from paceline.runtime.models.weights import Checkpoint
 
@@ -102,7 +104,7 @@ class LayerGroup:
         self.queries = shard.queries_per_unit
         self.head_dim = arch.head_dim
         self.window = arch.windows[layers[0]] if arch.windows else None
-        self.eps = torch.full((1,), arch.norm_eps, device=stack.qkv.device)
+        self.eps = arch.norm_eps
         self.dtype = stack.qkv.dtype
         self.units = [shard.units_of(i) for i in range(len(layers))]
         self._qkv = [qkv_linear(stack, units) for units in self.units]
@@ -117,36 +119,33 @@ class LayerGroup:
         """Kept where the layers may run side by side; a single layer needs only its own
         projections."""
 
-    def attention(self, h_TE: Tensor, layer: int, *, rows: Rows) -> Tensor:
-        """`Attn(LN(h))` of the group's `layer`-th layer, before the sum over ranks. Writes its keys
-        and values."""
+    def attention(self, x_TE: Tensor, layer: int, *, rows: Rows) -> Tensor:
+        """Attention of the group's `layer`-th layer over normalised `x_TE`, before the sum over
+        ranks. Writes its keys and values."""
         units = self.units[layer]
         if not units:  # this rank holds no head of this layer
-            return torch.zeros_like(h_TE)
-        context = self.context(h_TE, self._qkv[layer], units=units, rows=rows)  # [U, G, T, D]
-        flat_TC = context.permute(2, 0, 1, 3).reshape(h_TE.shape[0], -1)
-        return self._out[layer](flat_TC.to(self.dtype))
+            return torch.zeros_like(x_TE)
+        return self._out[layer](self.context(x_TE, self._qkv[layer], units=units, rows=rows))
 
-    def mlp(self, h_TE: Tensor, layer: int) -> Tensor:
-        """`MLP(LN'(h))` of the group's `layer`-th layer, before the sum over ranks."""
-        x_TE = rms(h_TE, eps=self.eps).to(self.dtype)
+    def mlp(self, x_TE: Tensor, layer: int) -> Tensor:
+        """Feed-forward block of the group's `layer`-th layer, likewise."""
         return self._down[layer](swiglu(self._gate_up[layer](x_TE)))
 
-    def context(self, h_TE: Tensor, qkv: Linear, *, units: range, rows: Rows) -> Tensor:
-        """Attention of the given units over `LN(h)`, before the output projection: `[U, G, T,
-        D]`."""
-        T, G, D = h_TE.shape[0], self.queries, self.head_dim
-        heads = qkv(rms(h_TE, eps=self.eps).to(self.dtype)).view(T, len(units), G + 2, D)
+    def context(self, x_TE: Tensor, qkv: Linear, *, units: range, rows: Rows) -> Tensor:
+        """Attention of the given units over `x_TE`, before the output projection: `[T, U*G*D]`."""
+        T, G, D = x_TE.shape[0], self.queries, self.head_dim
+        heads = qkv(x_TE).view(T, len(units), G + 2, D)
         if self.qk_norm is not None:
             normed = rms(heads[:, :, : G + 1].float(), eps=self.eps)
             normed = normed * self.qk_norm[units.start : units.stop]
             heads = torch.cat((normed, heads[:, :, G + 1 :].float()), dim=2)
-        heads = rotate(heads, rows.rotations[G])  # [T, U, G+2, D] float32
-        kv = rows.pool.region(self.index, rows.region)[units.start : units.stop]
-        kv[:, rows.start : rows.end] = heads[:, :, G:].transpose(0, 1)
         return attend(
-            heads[:, :, :G].to(kv.dtype), kv[:, : rows.end], masks=rows.masks, window=self.window
+            heads, rows=rows, group=self.index, units=units, window=self.window, dtype=self.dtype
         )
+
+    def norm(self, h_TE: Tensor, delta_TE: Tensor | None) -> Tensor:
+        """The normalised input of a block, `[T, E]`; `delta_TE` is added to `h_TE` in place."""
+        return add_rms(h_TE, delta_TE, eps=self.eps, dtype=self.dtype)
 
 
 def qkv_linear(stack: Stack, units: range) -> Linear:
@@ -190,7 +189,6 @@ class Decoder:
         self._head = Linear(head)
         self._head_dtype = head.dtype
         self._final_norm = final_norm  # [E]
-        self._eps = torch.full((1,), arch.norm_eps, device=head.device)
 
     def embed(self, rows: Rows) -> Tensor:
         """`[T, E]` float32. Hidden states stay in float32 between layers whatever the weights'
@@ -199,21 +197,25 @@ class Decoder:
 
     def exact(self, rows: Rows) -> Tensor:
         """The model as it was trained, one layer after another: `[T, E]` before the final norm."""
-        h_TE = self.embed(rows)
+        h_TE, delta_TE = self.embed(rows), None
         for group in self.groups:
             for layer in range(len(group.layers)):
-                h_TE = self.exact_layer(h_TE, group, layer, rows=rows)
-        return h_TE
+                delta_TE = self.exact_layer(h_TE, delta_TE, group, layer, rows=rows)
+        return h_TE if delta_TE is None else h_TE + delta_TE
 
-    def exact_layer(self, h_TE: Tensor, group: LayerGroup, layer: int, *, rows: Rows) -> Tensor:
-        """`u = h + Attn(LN(h))`, then `u + MLP(LN'(u))`."""
+    def exact_layer(
+        self, h_TE: Tensor, delta_TE: Tensor | None, group: LayerGroup, layer: int, *, rows: Rows
+    ) -> Tensor:
+        """`u = h + Attn(LN(h))`, then `u + MLP(LN'(u))`. The new delta; `h_TE` changes in place."""
         all_reduce_ = self.axis.collectives.all_reduce_
-        h_TE = h_TE + all_reduce_(group.attention(h_TE, layer, rows=rows))
-        return h_TE + all_reduce_(group.mlp(h_TE, layer))
+        x_TE = group.norm(h_TE, delta_TE)
+        delta_TE = all_reduce_(group.attention(x_TE, layer, rows=rows))
+        x_TE = group.norm(h_TE, delta_TE)
+        return all_reduce_(group.mlp(x_TE, layer))
 
     def logits(self, h_PE: Tensor) -> Tensor:
         """`[P, V]` of this rank's vocabulary, float32."""
-        x_PE = rms(h_PE, eps=self._eps) * self._final_norm
+        x_PE = rms(h_PE, eps=self.arch.norm_eps) * self._final_norm
         return self._head(x_PE.to(self._head_dtype)).float()
 
 

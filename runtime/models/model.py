@@ -1,13 +1,15 @@
-"""A decoder together with what its passes need: KV pool, rotations, masks."""
+"""A decoder together with what its passes need: a KV pool and rotations."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from paceline.runtime.inputs import Rows
+from paceline.runtime.inputs import Rows, Segment, pack
 from paceline.runtime.kv.pool import KvPool
-from paceline.runtime.layers.attention import Masks
+from paceline.runtime.layers.cpu_kernels import load_kernels, supports
 from paceline.runtime.layers.rope import RopeTable
 from paceline.runtime.models.llama import Decoder
 
@@ -19,24 +21,32 @@ class Model:
         self,
         decoder: Decoder,
         *,
-        num_regions: int,
+        num_blocks: int,
+        block_size: int,
         max_len: int,
         kv_dtype: torch.dtype,
         device: torch.device,
+        use_kernels: bool = True,
     ) -> None:
+        """`use_kernels` false computes with torch alone, on a CPU too."""
         self.decoder = decoder
         self.device = device
         self.pool = KvPool(
-            [len(group.shard.units) for group in decoder.groups],
+            units_of(decoder),
             head_dim=decoder.arch.head_dim,
-            num_regions=num_regions,
-            max_len=max_len,
+            num_blocks=num_blocks,
+            block_size=block_size,
             dtype=kv_dtype,
             device=device,
         )
-        self._table = RopeTable(decoder.arch, max_len=max_len, device=device)
-        self._masks = Masks(max_len=max_len, device=device)
-        self._queries = {group.queries for group in decoder.groups}
+        dtypes = {group.dtype for group in decoder.groups}
+        self._native = (
+            use_kernels
+            and supports(device, kv_dtype, *dtypes, head_dim=decoder.arch.head_dim)
+            and load_kernels() is not None
+        )
+        self._rope = RopeTable(decoder.arch, max_len=max_len, device=device)
+        self._scale = decoder.arch.head_dim**-0.5
 
     def describe(self) -> str:
         """Data type and memory, for a person."""
@@ -47,21 +57,18 @@ class Model:
         """`[T]` int64 on the model's device."""
         return torch.tensor(token_ids, dtype=torch.int64, device=self.device)
 
-    def rows(self, token_ids_T: Tensor, *, start: int, region: int) -> Rows:
-        """Consecutive tokens of one request, the first at position `start`."""
-        num_tokens = token_ids_T.shape[0]
-        assert start + num_tokens <= self.pool.max_len, (
-            f"expected rows within {self.pool.max_len}, found {start}+{num_tokens}"
-        )
-        rotations = {
-            queries: self._table.rotation(start, num_tokens=num_tokens, queries=queries)
-            for queries in self._queries
-        }
-        return Rows(
-            token_ids=token_ids_T,
-            start=start,
-            region=region,
-            rotations=rotations,
-            masks=self._masks,
+    def rows(self, token_ids_T: Tensor, segments: Sequence[Segment]) -> Rows:
+        """A packed pass over `token_ids_T`, segment after segment."""
+        return pack(
+            token_ids_T,
+            segments,
             pool=self.pool,
+            rope=self._rope,
+            scale=self._scale,
+            native=self._native,
         )
+
+
+def units_of(decoder: Decoder) -> list[int]:
+    """(layer, KV head) pairs of each group on this rank."""
+    return [len(group.shard.units) for group in decoder.groups]

@@ -15,7 +15,19 @@ or restarted draws what it would have drawn.
 
 Which numbers are drawn twice, and why that does not bias the text: spec/verify.py.
 
-Letters: V vocabulary.
+Two ways to draw a token from a law p:
+
+    by quantile    one number u:          the token at which the cumulative sum of p passes u
+    by race        one number per token:  argmax (log p + noise), the noise Gumbel distributed
+
+The race couples a drafter to its target without a word between them (Daliri, Musco and Suresh, 2024,
+arXiv 2408.07978). Both race with the same noise, a hash of (seed, position, token id), so the token
+that wins under q often wins under p as well: with a chance of at least (1 - TV) / (1 + TV), TV being
+the total variation between p and q. The target's own token never depends on what was drafted.
+Verification is then to draw the target's token at every position and to follow the drafts as long
+as they are the same, and the text is a function of prompt, parameters and seed alone.
+
+Letters: R rows, V vocabulary, W some tokens of it.
 """
 
 from __future__ import annotations
@@ -23,7 +35,9 @@ from __future__ import annotations
 import enum
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -34,6 +48,15 @@ _FIELDS = struct.Struct("<QqBqq")
 _NO_ROUND = -1
 # Keeps these hashes apart from any other use of blake2b.
 _PERSON = b"paceline.uniform"
+
+# Seed and position of a row of noise.
+_ROW_FIELDS = struct.Struct("<Qq")
+_TWO_WORDS = struct.Struct("<ii")
+_ROW_PERSON = b"paceline.gumbel"
+# Odd multipliers with good avalanche between shifts of about half a word, as signed 32-bit numbers.
+_ODD_1, _ODD_2, _ODD_3 = 0x7FEB352D, 0x846CA68B - 2**32, 0x9E3779B1 - 2**32
+# Elements worked on at once on a CPU, so that they stay in its second-level cache.
+_CHUNK = 2**17
 
 
 class Purpose(enum.IntEnum):
@@ -115,3 +138,93 @@ def draw(probs: Tensor, u: float) -> int:
         return token_id
     # A sequential sum never gets here. A parallel scan may round so that sums fall by 1e-16 at a 0.
     return int(probs.argmax())
+
+
+def gumbel_noise(
+    seeds: Sequence[int], positions: Sequence[int], *, vocab_size: int, device: torch.device
+) -> Tensor:
+    """Standard Gumbel noise [R, V] in fp32; row r belongs to position `positions[r]` of the text
+    whose seed is `seeds[r]`.
+
+    An element depends on its seed, position and token id alone, not on the other rows. The integers
+    behind it are the same on every device; logarithms may differ between devices in the last bit.
+    """
+    # On one CPU core: 120 us for eight rows of V = 4,096, 0.36 ms for a row of V = 131,072.
+    mixed_V = _mixed_ids(vocab_size, device)
+    keys_R2 = _row_keys(seeds, positions, device)
+    noise_RV = torch.empty((len(seeds), vocab_size), device=device)
+    rows = max(1, _CHUNK // vocab_size) if device.type == "cpu" else len(seeds)
+    for start in range(0, len(seeds), max(rows, 1)):
+        keys = keys_R2[start : start + rows]
+        _gumbel(mixed_V ^ keys[:, :1], keys[:, 1:], out=noise_RV[start : start + rows])
+    return noise_RV
+
+
+def gumbel_noise_at(
+    seeds: Sequence[int], positions: Sequence[int], token_ids_RW: Tensor, *, vocab_size: int
+) -> Tensor:
+    """The elements of `gumbel_noise` for these tokens [R, W], at the cost of these alone."""
+    keys_R2 = _row_keys(seeds, positions, token_ids_RW.device)
+    mixed_RW = _mixed_ids(vocab_size, token_ids_RW.device)[token_ids_RW]
+    noise_RW = torch.empty(token_ids_RW.shape, device=token_ids_RW.device)
+    return _gumbel(mixed_RW.bitwise_xor_(keys_R2[:, :1]), keys_R2[:, 1:], out=noise_RW)
+
+
+def draw_coupled(
+    logits_RW: Tensor, noise_RW: Tensor, *, token_ids_RW: Tensor | None = None
+) -> Tensor:
+    """The winners [R] of the race: one token of each row, distributed as the softmax of its logits.
+
+    Excluded tokens have -inf. `token_ids_RW` names the columns where they are not the whole
+    vocabulary. Of tokens with equal scores the lowest id wins.
+    """
+    scores_RW = logits_RW + noise_RW
+    if token_ids_RW is None:
+        return scores_RW.argmax(dim=-1)
+    best_R1 = scores_RW.amax(dim=-1, keepdim=True)
+    none = torch.iinfo(token_ids_RW.dtype).max
+    return torch.where(scores_RW == best_R1, token_ids_RW, none).amin(dim=-1)
+
+
+def _row_keys(seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> Tensor:
+    """Two independent 32-bit keys for each row [R, 2]."""
+    words = []
+    for seed, position in zip(seeds, positions, strict=True):
+        fields = _ROW_FIELDS.pack(seed & 0xFFFF_FFFF_FFFF_FFFF, position)
+        digest = hashlib.blake2b(fields, digest_size=8, person=_ROW_PERSON).digest()
+        words.append(_TWO_WORDS.unpack(digest))
+    return torch.tensor(words, dtype=torch.int32, device=device).view(-1, 2)
+
+
+@lru_cache(maxsize=4)
+def _mixed_ids(vocab_size: int, device: torch.device) -> Tensor:
+    """The token ids [V], each spread over 32 bits by a bijection: a constant, so computed once."""
+    with torch.inference_mode(False):
+        x_V = torch.arange(1, vocab_size + 1, dtype=torch.int32, device=device)
+        for odd in (_ODD_3, _ODD_1, _ODD_2):
+            _fold_(x_V.mul_(odd), by=16, scratch=torch.empty_like(x_V))
+    return x_V
+
+
+def _gumbel(x: Tensor, key: Tensor, *, out: Tensor) -> Tensor:
+    """Noise into `out` from mixed ids with the first key in them; `x` is spent."""
+    scratch = torch.empty_like(x)
+    _fold_(x.mul_(_ODD_1), by=15, scratch=scratch)
+    x.bitwise_xor_(key)
+    _fold_(x.mul_(_ODD_2), by=16, scratch=scratch)
+    _fold_(x.mul_(_ODD_1), by=15, scratch=scratch)
+    return _noise_of(x.bitwise_and_(0x7FFF_FFFF), out=out)
+
+
+def _noise_of(bits: Tensor, *, out: Tensor) -> Tensor:
+    """-log(-log(1 - v)) into `out`, v = (bits + 1/2) / 2^31 for 31 bits."""
+    # Near v = 0, where winners come from, fp32 holds all 31 bits. Near 1 it would round to 1, whose
+    # noise is -inf.
+    out.copy_(bits).add_(0.5).mul_(-(2.0**-31)).clamp_(min=2.0**-24 - 1.0)
+    return out.log1p_().neg_().log_().neg_()
+
+
+def _fold_(x: Tensor, *, by: int, scratch: Tensor) -> None:
+    """x ^= x >> by, the shift bringing in zeros; torch's own brings in the sign."""
+    torch.bitwise_right_shift(x, by, out=scratch)
+    x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - by)) - 1))

@@ -1,77 +1,189 @@
 """One request on its way through the engine.
 
-WAITING ──region free──> READING ──prompt read──> DECODING ──stop, length, abort──> gone
+             ┌───────────out of blocks: PREEMPTED───────────┐
+             v                                              │
+    ──add── WAITING ──a seat and its blocks: SCHEDULED──> RUNNING ──stop, length──> FINISHED
+               │                                            │                          ^
+               └───────────────────abort────────────────────┴──────────────────────────┘
+
+Preempted, it keeps its tokens and loses its blocks; it then waits at its old place in the queue and
+reads its tokens again. Of its tokens, in the order of their positions:
+
+    0 ............. seen ............. len(token_ids)
+    |-- in the KV --|-- still to be fed --|
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from paceline.runtime.types import Request, RequestMetrics, RequestResult, StageTimes
+from paceline.runtime.schedule.draft_length import DraftState
+from paceline.runtime.schedule.policy import KvPolicy
+from paceline.runtime.schedule.prefix import BlockHash
+from paceline.runtime.types import (
+    Event,
+    FinishReason,
+    Request,
+    RequestMetrics,
+    StageTimes,
+    TokenLogprobs,
+)
+
+GONE = -1
+"""Stands in a block table for a block that the policy was done with and that has been freed."""
 
 
-@dataclass(slots=True, kw_only=True)
+class State(enum.Enum):
+    """Where in the drawing above."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class End(NamedTuple):
+    """Why a text ends, and by which of the request's own stop tokens if one did it."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class RunningRequest:
-    """A request that holds a KV region."""
+    """A request and all the scheduler knows of it."""
 
     request: Request
-    region: int
-    num_read: int = 0
-    """Prompt tokens the target has seen."""
+    key: tuple[float, int]
+    """Its place in the queue: lower goes first."""
+    policy: KvPolicy
+    draft: DraftState | None
+    """None for a request that never drafts."""
+    state: State = State.WAITING
+    token_ids: list[int] = field(init=False)
+    """The prompt, then the text."""
+    num_prompt: int = field(init=False)
+    seen: int = 0
+    draft_seen: int = 0
+    """Leading tokens that the draft model has read, exactly or not."""
+    draft_exact: int = 0
+    """Those it has read exactly, as the ranks last said."""
+    blocks: list[int] = field(default_factory=list)
+    """The block table. It keeps its length: entries that have been freed are `GONE`."""
+    num_gone: int = 0
+    """The end of the entries that have been freed; 0 while there are none."""
+    hashes: list[BlockHash] = field(default_factory=list)
+    num_registered: int = 0
+    """Leading blocks that can be found by their hashes, or share one that can."""
+    num_draft_registered: int = 0
+    """Those that were registered with exact drafter rows."""
     announced: bool = False
     """Whether the ranks know it."""
-    token_ids: list[int] = field(default_factory=list)
+    num_cached: int | None = None
+    """Prompt tokens whose KV was there when it was first scheduled."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    events: list[tuple[Event, float]] = field(default_factory=list)
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)
     times: StageTimes = field(default_factory=StageTimes)
-    started_s: float = 0.0
-    first_token_s: float = 0.0
+    """Of its steps after the first token, up to its last preemption."""
+    times_since: StageTimes | None = None
+    """The engine's total when the present stretch of such steps began."""
+    _stop_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt = len(self.token_ids)
+        ends = () if request.params.ignore_eos else request.eos_token_ids
+        self._stop_ids = frozenset(ends) | frozenset(request.params.stop_token_ids)
 
     @property
-    def prompt_left(self) -> int:
-        return len(self.request.prompt_token_ids) - self.num_read
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
 
     @property
     def tokens_left(self) -> int:
-        return self.request.params.max_tokens - len(self.token_ids)
+        return self.request.max_tokens - self.num_output
 
-    def stop_reason(self) -> str | None:
-        """Why the last token ends the request, if it does."""
-        params, last = self.request.params, self.token_ids[-1]
-        if last in params.stop_token_ids:
-            return "stop"
-        if last in self.request.eos_token_ids and not params.ignore_eos:
-            return "stop"
-        return "length" if self.tokens_left == 0 else None
+    @property
+    def may_share(self) -> bool:
+        """Whether its prefix may come from others: not where every prompt row is asked for."""
+        asked = self.request.params.prompt_logprobs is not None and self.num_output == 0
+        return self.policy.shares_prefixes and not asked
 
-    def append(self, result: RequestResult, *, now_s: float) -> tuple[tuple[int, ...], str | None]:
-        """Take a step's tokens up to the one that ends the request: those tokens, and the finish
-        reason."""
-        if not self.token_ids:
-            self.first_token_s = now_s
-        else:
-            self.rounds += 1
-            self.drafted += result.num_drafted
-            self.times = self.times.plus(result.times)
-        count, reason = 0, None
-        while count < len(result.token_ids) and reason is None:
-            self.token_ids.append(result.token_ids[count])
-            count += 1
-            reason = self.stop_reason()
-        self.accepted += min(count, result.num_accepted)
-        return result.token_ids[:count], reason
+    def append(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], End | None]:
+        """Take a step's tokens up to the one that ends the text: those tokens, and the end."""
+        if not self._stop_ids.isdisjoint(token_ids):
+            first = max(0, self.request.params.min_tokens - self.num_output - 1)
+            for index in range(first, min(len(token_ids), self.tokens_left)):
+                if token_ids[index] in self._stop_ids:
+                    kept = token_ids[: index + 1]
+                    self.token_ids += kept
+                    return kept, self._stop_by(token_ids[index])
+        left = self.tokens_left
+        if len(token_ids) < left:
+            self.token_ids += token_ids
+            return token_ids, None
+        kept = token_ids[:left]
+        self.token_ids += kept
+        return kept, End("length")
 
-    def metrics(self, *, now_s: float) -> RequestMetrics:
+    def _stop_by(self, token_id: int) -> End:
+        params = self.request.params
+        is_eos = token_id in self.request.eos_token_ids and not params.ignore_eos
+        return End("stop", None if is_eos else token_id)
+
+    def count_round(self, *, num_drafted: int, num_accepted: int) -> None:
+        """Remember a verification pass after the first token."""
+        self.rounds += 1
+        self.drafted += num_drafted
+        self.accepted += num_accepted
+        counts = self.accepted_at
+        if num_accepted >= len(counts):
+            counts += [0] * (num_accepted + 1 - len(counts))
+        counts[num_accepted] += 1
+
+    def stop_clock(self, total: StageTimes) -> None:
+        """It takes no part in the steps that follow."""
+        if self.times_since is not None:
+            self.times = self.times.plus(_minus(total, self.times_since))
+            self.times_since = None
+
+    def lose_blocks(self) -> None:
+        """Forget its KV, that has been freed."""
+        self.blocks = []
+        self.seen = self.draft_seen = self.draft_exact = self.num_gone = 0
+        self.num_registered = self.num_draft_registered = 0
+        self.announced = False
+        if self.num_output == 0:
+            self.prompt_logprobs = []
+
+    def metrics(self) -> RequestMetrics:
         """How it went, once it is over."""
-        first_token_s = self.first_token_s if self.token_ids else now_s
         return RequestMetrics(
-            num_prompt_tokens=len(self.request.prompt_token_ids),
-            num_tokens=len(self.token_ids),
+            num_prompt_tokens=self.num_prompt,
+            num_tokens=self.num_output,
+            num_cached_tokens=self.num_cached or 0,
             rounds=self.rounds,
             drafted=self.drafted,
             accepted=self.accepted,
+            accepted_at=tuple(self.accepted_at),
             times=self.times,
-            prefill_ms=(first_token_s - self.started_s) * 1e3,
-            decode_s=now_s - first_token_s,
+            events=tuple(self.events),
         )
+
+
+def _minus(total: StageTimes, earlier: StageTimes) -> StageTimes:
+    return StageTimes(
+        calibrate_ms=total.calibrate_ms - earlier.calibrate_ms,
+        draft_ms=total.draft_ms - earlier.draft_ms,
+        verify_ms=total.verify_ms - earlier.verify_ms,
+    )

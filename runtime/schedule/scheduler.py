@@ -1,157 +1,789 @@
 """Which request gets how many tokens in the next step.
 
-What may be added here: decisions that need only counts and ids. The scheduler imports neither
-torch, numpy nor Ray, so every policy can be tested in ten lines.
+    add ──> waiting (a heap) ──> running, best key first ──> ended: one terminal delta
+                 ^                        │
+                 └──────preempted─────────┘ the worst key, when blocks run out
 
-A step is `{request: number of tokens}`: a prompt chunk, or the last committed token with a draft
-budget on top.
+What may be added here: decisions that need only counts and ids. The scheduler imports neither
+torch, numpy nor Ray, so every policy can be tested in ten lines. How long a draft is, what a KV
+policy frees and how prefixes are found is decided next door.
+
+A step is `{request: number of tokens}`. Its rows are given out in this order, of
+`max_num_batched_tokens` in all:
+
+    1. one to each running request that has but its last token to feed
+    2. drafts for those, of what is left; a quarter of all is kept for prompts if any are unread
+    3. what running requests still have to read, best key first
+    4. waiting requests, best key first, none before its better
+
+No more requests run than there are rows: so every text grows in every step, and while anything is
+unread some of it is read.
+
+Why nobody waits forever. A key is the time of arrival plus what the priority costs; it never
+changes, so ageing is the same for all and the order is total. Only a worse key is preempted for a
+better, and the best running request can take every block, which is enough for it, or it would have
+been refused. So it grows in every step until it ends; and so does the next best after it. A request
+that was preempted returns only when all of its tokens fit beside those who run.
 """
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections import deque
-from collections.abc import Callable
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
-from paceline.runtime.schedule.request import RunningRequest
+from paceline.runtime.config import EngineConfig
+from paceline.runtime.errors import PromptError
+from paceline.runtime.schedule.blocks import BlockPool, PrefixHit
+from paceline.runtime.schedule.draft_length import (
+    AdaptiveDrafts,
+    DraftPolicy,
+    DraftState,
+    FixedDrafts,
+    StepCost,
+)
+from paceline.runtime.schedule.policy import make_policies
+from paceline.runtime.schedule.prefix import extend_hashes, root_hash
+from paceline.runtime.schedule.request import GONE, RunningRequest, State
+from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.types import (
+    EngineStatus,
+    Event,
     Request,
+    RequestResult,
     ScheduledRequest,
+    StageTimes,
     StepPlan,
     StepResult,
+    StepStats,
     TokenDelta,
 )
 
+_MOST_STEPS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much there is of everything."""
+
+    num_blocks: int
+    max_model_len: int
+    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 128
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    sink_tokens: int = 4
+    window: int = 1024
+    priority_ageing_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """What may be drafted, and by whom."""
+
+    num_tokens: int
+    """Most drafts of a round."""
+    method: Literal["draft_model", "ngram", "combined"] = "draft_model"
+    adaptive: bool = False
+    lookup_min: int = 2
+    lookup_max: int = 4
+
+
+@dataclass(slots=True)
+class _Share:
+    """A request's part of the step being planned."""
+
+    running: RunningRequest
+    num_tokens: int
+    num_blocks: int
+    """In its table before the step."""
+    draft: DraftState | None = None
+    read_draft: bool = False
+    num_draft_tokens: int = 0
+    hit: PrefixHit | None = None
+    """Where its KV starts from, if the ranks do not know it yet."""
+    length: int = 0
+    """Its committed tokens."""
+
 
 class Scheduler:
-    """First come, first served, over as many KV regions as there are.
+    """Continuous batching over one pool of blocks.
 
-    `schedule` and `update` alternate: every plan is answered before the next is made.
+    `schedule` and `update` alternate: every plan is carried out and answered before the next is
+    made. `add` and `abort` may come between any two calls, from the same thread.
     """
 
     def __init__(
         self,
+        limits: Limits,
         *,
-        num_regions: int,
-        max_model_len: int,
-        max_num_batched_tokens: int,
-        num_draft_tokens: int,
-        clock: Callable[[], float] = time.perf_counter,
+        speculation: Speculation | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._max_model_len = max_model_len
-        self._chunk = max_num_batched_tokens
-        self._num_draft_tokens = num_draft_tokens
+        self.limits = limits
+        self._speculation = speculation
         self._clock = clock
-        self._waiting: deque[Request] = deque()
-        self._running: dict[str, RunningRequest] = {}
-        self._free = list(range(num_regions))
-        self._num_regions = num_regions
+        self._pool = BlockPool(limits.num_blocks)
+        self._policies = make_policies(
+            block_size=limits.block_size, sink_tokens=limits.sink_tokens, window=limits.window
+        )
+        self._drafts: DraftPolicy = FixedDrafts()
+        if speculation is not None and speculation.adaptive:
+            self._drafts = AdaptiveDrafts(most=speculation.num_tokens)
+        self._seats = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+        self._requests: dict[str, RunningRequest] = {}
+        self._running: list[RunningRequest] = []  # best key first
+        self._waiting: list[tuple[tuple[float, int], RunningRequest]] = []
+        self._num_waiting = 0
+        self._blocked: tuple[RunningRequest, int] | None = None
         self._finished: list[str] = []
+        self._shares: list[_Share] = []
+        self._num_added = 0
+        self._num_read_rows = 0  # rows of the last step that were neither last tokens nor drafts
+        self._planned_s = 0.0
         self._step = 0
+        self._totals = Counter[str]()
+        self._times = StageTimes()
+        num_positions = 0 if speculation is None else speculation.num_tokens
+        self._accepted = [0] * (num_positions + 1)  # entry i: rounds that kept exactly i drafts
+        self._steps: deque[StepStats] = deque(maxlen=_MOST_STEPS)
+
+    # ------------------------------------------------------------------------------ in, out, state
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        """Whether to make another plan. One that only says who is finished is worth a step: the
+        ranks hold what such requests had until they hear of it."""
+        return bool(self._requests or self._finished)
 
     def add(self, request: Request) -> None:
-        """Queue a request. It must fit `max_model_len`; the caller has checked."""
-        total = len(request.prompt_token_ids) + request.params.max_tokens
-        assert total <= self._max_model_len, (
-            f"expected at most {self._max_model_len} tokens, found {total}"
-        )
-        assert request.request_id not in self._running, f"{request.request_id} is here already"
-        self._waiting.append(request)
+        """Queue a request. Raises PromptError if it could never run."""
+        limits = self.limits
+        policy = self._policies[request.params.kv_policy]
+        total = len(request.prompt_token_ids) + request.max_tokens
+        if not request.prompt_token_ids:
+            raise PromptError("the prompt is empty")
+        if request.max_tokens < 1:
+            raise PromptError(f"max_tokens must be at least 1, found {request.max_tokens}")
+        if policy.bounded_by_context and total > limits.max_model_len:
+            raise PromptError(
+                f"prompt and max_tokens make {total} tokens, the context holds {limits.max_model_len}"
+            )
+        if request.request_id in self._requests:
+            raise PromptError(f"request id {request.request_id} is in use")
+        draft = self._draft_state(request)
+        # the last token of a text is never fed; a window waits for a drafter that lags behind it
+        behind = limits.window if draft is not None and draft.uses_model else 0
+        needed = policy.most_blocks(total - 1, span=1 + behind)
+        if needed > limits.num_blocks:
+            raise PromptError(
+                f"prompt and max_tokens need {needed} KV blocks of {limits.block_size} tokens, "
+                f"there are {limits.num_blocks}: ask for fewer tokens or raise kv_cache_memory"
+            )
+        now_s = self._clock()
+        self._num_added += 1
+        key = (now_s + request.priority * limits.priority_ageing_s, self._num_added)
+        running = RunningRequest(request=request, key=key, policy=policy, draft=draft)
+        running.events.append((Event.QUEUED, now_s))
+        self._requests[request.request_id] = running
+        self._wait(running)
 
     def abort(self, request_id: str) -> TokenDelta | None:
-        """Drop a request wherever it is; its terminal delta, or None if it is not here."""
-        if request_id in self._running:
-            metrics = self._running[request_id].metrics(now_s=self._clock())
-            self._release(request_id)
-            return TokenDelta(
-                request_id=request_id, token_ids=(), finish_reason="abort", metrics=metrics
+        """Drop a request wherever it is; its terminal delta, or None if it is not here. Its blocks
+        are free at once, and the ranks forget it with the next plan."""
+        running = self._requests.get(request_id)
+        if running is None:
+            return None
+        if running.state is State.WAITING:
+            self._num_waiting -= 1
+        self._end(running, now_s=self._clock())
+        # the heap drops it when it comes up, or when most of the heap is such
+        if len(self._waiting) > 2 * self._num_waiting + 64:
+            self._waiting = [each for each in self._waiting if each[1].state is State.WAITING]
+            heapq.heapify(self._waiting)
+        return TokenDelta(request_id=request_id, finish_reason="abort", metrics=running.metrics())
+
+    def status(self) -> EngineStatus:
+        """How things are. Its `steps` are those since the last call; the engine adds `ranks`."""
+        totals, steps = self._totals, tuple(self._steps)
+        self._steps.clear()
+        at_least = 0
+        accepted_at_position = []
+        for count in reversed(self._accepted[1:]):
+            at_least += count
+            accepted_at_position.append(at_least)
+        return EngineStatus(
+            num_running=len(self._running),
+            num_waiting=self._num_waiting,
+            num_blocks=self.limits.num_blocks,
+            num_free_blocks=self._pool.num_free,
+            block_size=self.limits.block_size,
+            num_steps=totals["steps"],
+            num_preemptions=totals["preemptions"],
+            prompt_tokens=totals["prompt"],
+            generation_tokens=totals["generation"],
+            prefix_queries=totals["queries"],
+            prefix_hits=totals["hits"],
+            num_drafts=totals["drafts"],
+            drafted=totals["drafted"],
+            accepted=totals["accepted"],
+            accepted_at_position=tuple(reversed(accepted_at_position)),
+            steps=steps,
+        )
+
+    def check(self) -> None:
+        """Every block is free or held by exactly those that have it in their tables; everybody is
+        in one place."""
+        self._pool.check()
+        held = Counter[int]()
+        for running in self._running:
+            held.update(block for block in running.blocks if block != GONE)
+        for block in range(self.limits.num_blocks):
+            assert self._pool.holders(block) == held[block], (
+                f"block {block} is in {held[block]} tables, {self._pool.holders(block)} hold it"
             )
-        for request in self._waiting:
-            if request.request_id == request_id:
-                self._waiting.remove(request)
-                return TokenDelta(request_id=request_id, token_ids=(), finish_reason="abort")
-        return None
+        assert all(a.key < b.key for a, b in pairwise(self._running)), (
+            "running requests are not in the order of their keys"
+        )
+        assert len(self._running) <= self._seats, f"{len(self._running)} run on {self._seats} seats"
+        states = Counter(running.state for running in self._requests.values())
+        assert states[State.RUNNING] == len(self._running), f"{states} but {len(self._running)} run"
+        assert states[State.WAITING] == self._num_waiting, f"{states}, {self._num_waiting} wait"
+        queued = [running for _, running in self._waiting if running.state is State.WAITING]
+        assert len(queued) == self._num_waiting, f"{len(queued)} of {self._num_waiting} are queued"
+        for running in self._requests.values():
+            waits = running.state is State.WAITING
+            assert not (waits and running.blocks), f"{running.request_id} waits and holds blocks"
+            assert waits or running.seen < len(running.token_ids), (
+                f"{running.request_id} has nothing to feed"
+            )
+
+    # ------------------------------------------------------------------------------------ the plan
 
     def schedule(self) -> StepPlan:
-        """The next step. Moves waiting requests into free regions."""
-        while self._waiting and self._free:
-            request = self._waiting.popleft()
-            self._running[request.request_id] = RunningRequest(
-                request=request, region=self._free.pop(), started_s=self._clock()
-            )
-        scheduled = tuple(self._share(running) for running in self._running.values())
+        """The next step. Moves waiting requests to running, and back where blocks run out."""
+        now_s = self._planned_s = self._clock()
+        num_preemptions = self._totals["preemptions"]
+        self._shares = []
+        free_rows = self._choose_drafts()
+        free_rows = self._serve_running(free_rows, now_s=now_s)
+        if self._totals["preemptions"] == num_preemptions:
+            self._admit(free_rows, now_s=now_s)
+        scheduled = tuple([self._announce(share) for share in self._shares])
         plan = StepPlan(step=self._step, scheduled=scheduled, finished=tuple(self._finished))
-        self._finished.clear()
+        self._finished = []
         self._step += 1
         return plan
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
-        """Take a step's tokens; one delta per request that got any. Ends requests and frees their
-        regions."""
-        assert result.step == plan.step, (
-            f"expected the result of step {plan.step}, found {result.step}"
-        )
-        now_s = self._clock()
-        deltas = []
-        for share, each in zip(plan.scheduled, result.results, strict=True):
-            running = self._running[each.request_id]
-            running.announced = True
-            running.num_read = min(
-                running.num_read + share.num_tokens, len(running.request.prompt_token_ids)
-            )
-            if not each.token_ids:
+    def _choose_drafts(self) -> int:
+        """Set every draft length; the rows that are left for reading."""
+        num_rows = 0
+        drafting: list[DraftState] = []
+        for running in self._running:
+            length = len(running.token_ids)
+            if length - running.seen > 1:
                 continue
-            token_ids, reason = running.append(each, now_s=now_s)
-            metrics = running.metrics(now_s=now_s) if reason else None
-            deltas.append(
-                TokenDelta(
-                    request_id=each.request_id,
-                    token_ids=token_ids,
-                    margins=each.margins[: len(token_ids)],
-                    num_accepted=min(each.num_accepted, len(token_ids)),
-                    finish_reason=reason,
-                    metrics=metrics,
-                )
-            )
-            if reason is not None:
-                self._release(each.request_id)
-        return deltas
+            num_rows += 1
+            draft = running.draft
+            if draft is None or length == running.num_prompt:
+                continue
+            # a round emits one token besides its drafts: more of them could never be used
+            draft.room = running.num_prompt + running.request.max_tokens - length - 1
+            draft.lag = length - max(running.draft_seen, running.draft_exact)
+            drafting.append(draft)
+        free_rows = self.limits.max_num_batched_tokens - num_rows
+        if not drafting:
+            return free_rows
+        self._drafts.choose(drafting, rows=num_rows + self._num_read_rows)
+        for_drafts = free_rows
+        has_seat = self._num_waiting > 0 and len(self._running) < self._seats
+        if has_seat or num_rows < len(self._running):
+            for_drafts -= min(free_rows, max(1, self.limits.max_num_batched_tokens // 4))
+        num_drafts = self._within_reading(drafting)
+        if num_drafts > for_drafts:
+            num_drafts = _cut(drafting, for_drafts)
+        return free_rows - num_drafts
 
-    def check(self) -> None:
-        """Every region is either free or held by exactly one request."""
-        held = [running.region for running in self._running.values()]
-        assert sorted(held + self._free) == list(range(self._num_regions)), (
-            f"expected every region once, found held {held} and free {self._free}"
+    def _within_reading(self, drafting: Sequence[DraftState]) -> int:
+        """Put off drafts of the model for which it would have to read too much; those left.
+
+        A request that lags by more than a step's rows goes alone.
+        """
+        num_drafts = num_read = 0
+        for draft in drafting:
+            if draft.num_tokens and draft.drafter == "draft_model":
+                if num_read and num_read + draft.lag > self.limits.max_num_batched_tokens:
+                    draft.num_tokens = 0
+                    continue
+                num_read += draft.lag
+            num_drafts += draft.num_tokens
+        return num_drafts
+
+    def _serve_running(self, free_rows: int, *, now_s: float) -> int:
+        """Shares and blocks for those that run, best key first; the rows that are left."""
+        block_size, pool = self.limits.block_size, self._pool
+        self._num_read_rows = 0
+        shares, index = self._shares, 0
+        while index < len(self._running):
+            running = self._running[index]
+            length, held = len(running.token_ids), len(running.blocks)
+            num_tokens = length - running.seen
+            if num_tokens > 1:
+                num_tokens = self._fitting(running, min(num_tokens, free_rows))
+                while num_tokens == 0 and index == 0 and free_rows > 0:
+                    # the best of all must go on: those after it make room
+                    self._preempt(self._running[-1], now_s=now_s)
+                    num_tokens = self._fitting(running, min(length - running.seen, free_rows))
+                index += 1
+                if num_tokens == 0:
+                    continue
+                free_rows -= num_tokens
+                self._read(running, num_tokens)
+                continue
+            if running.seen == held * block_size:
+                while pool.num_free == 0 and running.state is State.RUNNING:
+                    self._preempt(self._running[-1], now_s=now_s)
+                if running.state is not State.RUNNING:
+                    break
+                running.blocks += pool.allocate(1)
+            share = _Share(running, 1, held, length=length)
+            if length > running.num_prompt:
+                share.draft = running.draft
+            else:
+                share.read_draft = self._reads(running)
+            shares.append(share)
+            index += 1
+        for share in shares:
+            draft = share.draft
+            if draft is not None and draft.num_tokens:
+                share.num_draft_tokens = self._draft_blocks(share.running, draft.num_tokens)
+        return free_rows
+
+    def _fitting(self, running: RunningRequest, num_tokens: int) -> int:
+        """How many of its next tokens free blocks can take."""
+        room = (len(running.blocks) + self._pool.num_free) * self.limits.block_size
+        return max(0, min(num_tokens, room - running.seen))
+
+    def _read(self, running: RunningRequest, num_tokens: int) -> _Share:
+        """A share that reads so many tokens, with their blocks."""
+        held = len(running.blocks)
+        end = running.seen + num_tokens
+        self._grow(running, end)
+        self._num_read_rows += num_tokens
+        length = len(running.token_ids)
+        share = _Share(running, num_tokens, held, length=length, read_draft=self._reads(running))
+        self._shares.append(share)
+        # others of this very step may use them: every layer's KV is written before it is read
+        exact = end if share.read_draft else running.draft_exact
+        self._register(running, end=end, draft_exact=exact)
+        return share
+
+    def _reads(self, running: RunningRequest) -> bool:
+        draft = running.draft
+        return (
+            draft is not None
+            and draft.uses_model
+            and draft.most > 0
+            and (self._drafts.reads_prompts or draft.asked)
         )
 
-    def _share(self, running: RunningRequest) -> ScheduledRequest:
-        first = not running.announced
-        draft = 0
-        if running.prompt_left:
-            num_tokens = min(running.prompt_left, self._chunk)
-        else:
-            num_tokens = 1
-            wanted = running.request.num_draft_tokens
-            budget = (
-                self._num_draft_tokens if wanted is None else min(wanted, self._num_draft_tokens)
+    def _draft_blocks(self, running: RunningRequest, num_tokens: int) -> int:
+        """Blocks for drafts, if nobody else may soon need them; how many drafts have room."""
+        held, length = len(running.blocks), len(running.token_ids)
+        needed = -(-(length + num_tokens) // self.limits.block_size) - held
+        if needed > 0:
+            if self._pool.num_free >= needed + len(self._running) - 1:
+                running.blocks += self._pool.allocate(needed)
+            else:
+                num_tokens = held * self.limits.block_size - length
+        return num_tokens
+
+    def _admit(self, free_rows: int, *, now_s: float) -> None:
+        """Let waiting requests run while there are rows, seats and blocks."""
+        while free_rows > 0 and self._num_waiting and len(self._running) < self._seats:
+            running = self._waiting[0][1]
+            if running.state is not State.WAITING:
+                heapq.heappop(self._waiting)
+                continue
+            blocked = self._blocked
+            if blocked is not None and self._running:
+                tried, num_free = blocked
+                if tried is running and self._pool.num_free <= num_free:
+                    return
+            hit = self._find(running)
+            length, num_cached = len(running.token_ids), len(hit.blocks) * self.limits.block_size
+            num_tokens = min(length - num_cached, free_rows)
+            if not self._has_blocks(running, hit, num_tokens):
+                # nothing changes for it until something is freed
+                self._blocked = (running, self._pool.num_free)
+                return
+            heapq.heappop(self._waiting)
+            self._num_waiting -= 1
+            running.state = State.RUNNING
+            running.events.append((Event.SCHEDULED, now_s))
+            insort(self._running, running, key=lambda each: each.key)
+            self._pool.hold(hit.blocks)
+            running.blocks = list(hit.blocks)
+            running.seen = num_cached
+            running.num_registered = len(hit.blocks)
+            running.num_draft_registered = hit.num_draft_exact
+            running.draft_seen = hit.num_draft_exact * self.limits.block_size
+            running.draft_exact = running.draft_seen
+            if running.num_output and running.times_since is None:
+                running.times_since = self._times
+            if running.num_cached is None:
+                running.num_cached = num_cached
+                if self.limits.enable_prefix_caching and running.may_share:
+                    self._totals["queries"] += running.num_prompt
+                    self._totals["hits"] += num_cached
+            num_tokens = self._fitting(running, num_tokens)
+            assert num_tokens > 0, f"{running.request_id} was let in without room"
+            free_rows -= num_tokens
+            share = self._read(running, num_tokens)
+            share.num_blocks, share.hit = 0, hit
+
+    def _find(self, running: RunningRequest) -> PrefixHit:
+        """The longest prefix it can start from. One token at least is left to feed: its logits are
+        what is wanted."""
+        if not (self.limits.enable_prefix_caching and running.may_share):
+            return PrefixHit()
+        self._hash(running, len(running.token_ids))
+        most = (len(running.token_ids) - 1) // self.limits.block_size
+        return self._pool.find(running.hashes, most=most)
+
+    def _has_blocks(self, running: RunningRequest, hit: PrefixHit, num_tokens: int) -> bool:
+        """Whether all its tokens fit beside those who run, and a block more for each of these."""
+        if not self._running:
+            return True
+        window = self.limits.window
+        behind = window if running.draft is not None and running.draft.uses_model else 0
+        needed = running.policy.most_blocks(
+            len(running.token_ids) + 1, span=num_tokens + behind
+        ) - len(hit.blocks)
+        free = self._pool.num_free - self._pool.count_free(hit.blocks)
+        return free >= needed + len(self._running)
+
+    def _announce(self, share: _Share) -> ScheduledRequest:
+        running = share.running
+        draft = share.draft
+        num_drafts = share.num_draft_tokens
+        drafter = draft.drafter if num_drafts and draft is not None else "draft_model"
+        blocks = running.blocks
+        new_blocks = tuple(blocks[share.num_blocks :]) if len(blocks) > share.num_blocks else ()
+        if share.hit is None:
+            return ScheduledRequest(
+                request_id=running.request.request_id,
+                num_tokens=share.num_tokens,
+                num_draft_tokens=num_drafts,
+                drafter=drafter,
+                read_draft=share.read_draft,
+                new_blocks=new_blocks,
             )
-            # a round emits one token besides its drafts, so more drafts than that could never be
-            # used
-            draft = max(0, min(budget, running.tokens_left - 1))
+        running.announced = True
         return ScheduledRequest(
             request_id=running.request.request_id,
-            num_tokens=num_tokens,
-            num_draft_tokens=draft,
-            request=running.request if first else None,
-            region=running.region if first else None,
+            num_tokens=share.num_tokens,
+            read_draft=share.read_draft,
+            new_blocks=new_blocks,
+            request=running.request,
+            output_token_ids=tuple(running.token_ids[running.num_prompt :]),
+            num_cached=len(share.hit.blocks) * self.limits.block_size,
+            num_draft_cached=share.hit.num_draft_exact * self.limits.block_size,
         )
 
-    def _release(self, request_id: str) -> None:
-        running = self._running.pop(request_id)
-        self._free.append(running.region)
+    # ---------------------------------------------------------------------------------- the answer
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
+        """Take a step's tokens; one delta per request that got any. Ends requests and frees their
+        blocks."""
+        assert result.step == plan.step == self._step - 1, (
+            f"expected the result of step {self._step - 1}, found {plan.step} and {result.step}"
+        )
+        now_s = self._clock()
+        # first tokens of this step begin their clocks after it
+        self._times = self._times.plus(result.times)
+        self._observe(result, now_s=now_s)
+        deltas: list[TokenDelta] = []
+        for share, each in zip(self._shares, result.results, strict=True):
+            running = share.running
+            assert each.request_id == running.request.request_id, (
+                f"expected the result of {running.request.request_id}, found {each.request_id}"
+            )
+            if running.state is not State.RUNNING:
+                continue  # aborted while the step ran
+            if each.error is not None:
+                self._end(running, now_s=now_s)
+                deltas.append(
+                    TokenDelta(
+                        request_id=each.request_id,
+                        finish_reason="error",
+                        error=each.error,
+                        metrics=running.metrics(),
+                    )
+                )
+                continue
+            running.draft_exact = each.draft_exact
+            if share.read_draft:
+                running.draft_seen = running.seen + share.num_tokens
+            if each.prompt_logprobs and running.num_output == 0:
+                running.prompt_logprobs += each.prompt_logprobs
+            if running.seen < running.num_prompt:
+                read = min(running.seen + share.num_tokens, running.num_prompt) - running.seen
+                self._totals["prompt"] += read
+            if each.token_ids:
+                deltas.append(self._take(share, each, now_s=now_s))
+            else:
+                running.seen += share.num_tokens
+                self._settle(running)
+        self._shares = []
+        return deltas
+
+    def _take(self, share: _Share, each: RequestResult, *, now_s: float) -> TokenDelta:
+        """A round's tokens: what is passed on of them."""
+        running = share.running
+        is_first = running.num_output == 0
+        if share.num_draft_tokens:
+            self._learn(share, each)
+        token_ids, end = running.append(each.token_ids)
+        running.seen = len(running.token_ids) - 1
+        self._settle(running)
+        num_accepted = min(each.num_accepted, len(token_ids))
+        draft = running.draft
+        if draft is not None and draft.index is not None and end is None:
+            index = draft.index
+            index.extend(running.token_ids[len(index) :])
+        self._totals["generation"] += len(token_ids)
+        if is_first:
+            running.events.append((Event.FIRST_TOKEN, now_s))
+            running.times_since = self._times
+        else:
+            running.count_round(num_drafted=each.num_drafted, num_accepted=num_accepted)
+        if end is None and not is_first and not each.logprobs:
+            return TokenDelta(
+                request_id=each.request_id, token_ids=token_ids, num_accepted=num_accepted
+            )
+        if end is not None:
+            self._end(running, now_s=now_s)
+        prompt_logprobs = tuple(running.prompt_logprobs)
+        running.prompt_logprobs = []
+        return TokenDelta(
+            request_id=each.request_id,
+            token_ids=token_ids,
+            num_accepted=num_accepted,
+            logprobs=each.logprobs[: len(token_ids)],
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=(running.num_cached or 0) if is_first else 0,
+            finish_reason=None if end is None else end.reason,
+            stop_token_id=None if end is None else end.stop_token_id,
+            metrics=None if end is None else running.metrics(),
+        )
+
+    def _learn(self, share: _Share, each: RequestResult) -> None:
+        """Count a round's drafts, before its tokens are taken."""
+        totals, running, draft = self._totals, share.running, share.draft
+        assert draft is not None, f"{running.request_id} drafted without being asked"
+        if draft.drafter == "draft_model":
+            # the last draft is never fed to the drafter
+            kept = min(each.num_accepted, share.num_draft_tokens - 1)
+            running.draft_seen = share.length + kept
+        if each.num_drafted:
+            totals["drafts"] += 1
+            totals["drafted"] += each.num_drafted
+            totals["accepted"] += each.num_accepted
+            self._accepted[each.num_accepted] += 1
+            self._drafts.verified(
+                draft, num_drafted=each.num_drafted, num_accepted=each.num_accepted
+            )
+
+    def _observe(self, result: StepResult, *, now_s: float) -> None:
+        """Remember what the step was and took."""
+        if not self._shares:
+            return
+        lengths = tuple([s.num_draft_tokens for s in self._shares if s.num_draft_tokens])
+        seconds = now_s - self._planned_s
+        self._totals["steps"] += 1
+        self._steps.append(
+            StepStats(
+                seconds=seconds,
+                times=result.times,
+                num_requests=len(self._shares),
+                num_rows=result.num_rows,
+                draft_lengths=lengths,
+            )
+        )
+        if self._speculation is None:
+            return
+        first_rows = num_passes = later_rows = 0
+        for share in self._shares:
+            num_drafts = share.num_draft_tokens
+            if num_drafts and share.draft is not None and share.draft.drafter == "draft_model":
+                first_rows += share.draft.lag
+                num_passes = max(num_passes, num_drafts)
+                later_rows += num_drafts - 1
+            elif share.read_draft:
+                first_rows += share.num_tokens
+        self._drafts.observe(
+            StepCost(
+                seconds,
+                result.times,
+                rows=sum([share.num_tokens for share in self._shares]) + sum(lengths),
+                draft_rows=sum(lengths),
+                num_accepted=sum([each.num_accepted for each in result.results]) if lengths else 0,
+                first_rows=first_rows,
+                num_passes=num_passes,
+                later_rows=later_rows,
+            )
+        )
+
+    # -------------------------------------------------------------------------------------- blocks
+
+    def _grow(self, running: RunningRequest, end: int) -> None:
+        """Blocks for every token before `end`."""
+        missing = -(-end // self.limits.block_size) - len(running.blocks)
+        if missing > 0:
+            running.blocks += self._pool.allocate(missing)
+
+    def _settle(self, running: RunningRequest) -> None:
+        """Let blocks that have become full be found, and free those that are done with."""
+        block_size = self.limits.block_size
+        if running.policy.shares_prefixes:
+            num_full = running.seen // block_size
+            if num_full > running.num_registered or (
+                running.draft_exact // block_size > running.num_draft_registered
+            ):
+                self._register(running, end=running.seen, draft_exact=running.draft_exact)
+            return
+        draft = running.draft
+        first_unread = running.seen
+        if draft is not None and draft.uses_model:
+            if running.seen - running.draft_exact > self.limits.window:
+                # its blocks cannot wait for the drafter any longer
+                draft.uses_model = False
+            else:
+                first_unread = min(running.seen, running.draft_exact)
+        done = running.policy.done_with(first_unread)
+        if done.stop > max(done.start, running.num_gone):
+            gone = range(max(done.start, running.num_gone), done.stop)
+            self._pool.release([running.blocks[index] for index in gone])
+            for index in gone:
+                running.blocks[index] = GONE
+            running.num_gone = done.stop
+
+    def _hash(self, running: RunningRequest, end: int) -> None:
+        if len(running.hashes) < end // self.limits.block_size:
+            extend_hashes(
+                running.hashes,
+                running.token_ids,
+                root=root_hash(running.request.cache_salt),
+                block_size=self.limits.block_size,
+            )
+
+    def _register(self, running: RunningRequest, *, end: int, draft_exact: int) -> None:
+        """Let its full blocks before `end` be found, with the drafter's rows where these are
+        exact."""
+        if not (self.limits.enable_prefix_caching and running.policy.shares_prefixes):
+            return
+        num_full = end // self.limits.block_size
+        num_exact = min(draft_exact // self.limits.block_size, num_full)
+        if num_full <= running.num_registered and num_exact <= running.num_draft_registered:
+            return
+        self._hash(running, end)
+        first = min(running.num_registered, running.num_draft_registered)
+        for index in range(first, num_full):
+            if index >= running.num_registered or index < num_exact:
+                self._pool.register(
+                    running.blocks[index], running.hashes[index], draft_exact=index < num_exact
+                )
+        running.num_registered = max(running.num_registered, num_full)
+        running.num_draft_registered = max(running.num_draft_registered, num_exact)
+
+    def _release(self, running: RunningRequest) -> None:
+        """Free its blocks, the last first: heads of prefixes are of most use to others."""
+        blocks = [block for block in reversed(running.blocks) if block != GONE]
+        self._pool.release(blocks)
         if running.announced:
-            self._finished.append(request_id)
+            self._finished.append(running.request_id)
+        running.lose_blocks()
+
+    # ----------------------------------------------------------------------------- coming and going
+
+    def _draft_state(self, request: Request) -> DraftState | None:
+        spec = self._speculation
+        asked = request.num_draft_tokens
+        if spec is None or asked == 0:
+            return None
+        index = None
+        if spec.method != "draft_model":
+            index = NgramIndex(
+                request.prompt_token_ids, min_length=spec.lookup_min, max_length=spec.lookup_max
+            )
+        return DraftState(
+            most=spec.num_tokens if asked is None else min(asked, spec.num_tokens),
+            asked=asked is not None,
+            uses_model=spec.method != "ngram",
+            index=index,
+        )
+
+    def _wait(self, running: RunningRequest) -> None:
+        running.state = State.WAITING
+        heapq.heappush(self._waiting, (running.key, running))
+        self._num_waiting += 1
+
+    def _preempt(self, running: RunningRequest, *, now_s: float) -> None:
+        assert len(self._running) > 1, f"{running.request_id} runs alone and lacks blocks"
+        self._running.remove(running)
+        running.stop_clock(self._times)
+        running.events.append((Event.PREEMPTED, now_s))
+        self._totals["preemptions"] += 1
+        self._release(running)
+        self._wait(running)
+
+    def _end(self, running: RunningRequest, *, now_s: float) -> None:
+        if running.state is State.RUNNING:
+            self._running.remove(running)
+            self._release(running)
+        running.state = State.FINISHED
+        running.stop_clock(self._times)
+        running.events.append((Event.FINISHED, now_s))
+        del self._requests[running.request_id]
+
+
+def make_scheduler(config: EngineConfig, *, max_model_len: int, num_blocks: int) -> Scheduler:
+    """The scheduler a config asks for, over as many blocks as the ranks found memory for."""
+    limits = Limits(
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        block_size=config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        sink_tokens=config.kv_sink_tokens,
+        window=config.kv_window,
+        priority_ageing_s=config.priority_ageing_s,
+    )
+    spec = config.speculative_config
+    if spec is None:
+        return Scheduler(limits)
+    speculation = Speculation(
+        num_tokens=spec.num_speculative_tokens,
+        method=spec.method,
+        adaptive=spec.draft_length == "adaptive",
+        lookup_min=spec.prompt_lookup_min,
+        lookup_max=spec.prompt_lookup_max,
+    )
+    return Scheduler(limits, speculation=speculation)
+
+
+def _cut(drafting: Sequence[DraftState], num_rows: int) -> int:
+    """Shorten the longest drafts until all fit into so many rows; the rows they take."""
+    longest = max(draft.num_tokens for draft in drafting)
+    while sum([min(draft.num_tokens, longest) for draft in drafting]) > num_rows:
+        longest -= 1
+    for draft in drafting:
+        draft.num_tokens = min(draft.num_tokens, longest)
+    return sum([draft.num_tokens for draft in drafting])

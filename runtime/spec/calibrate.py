@@ -17,6 +17,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+ROUND_LEAVES = 2
+"""Committed tokens that a round of its own leaves the drafter to read, at most."""
+
 
 class Calibration(enum.StrEnum):
     """After which rounds the next one begins with an exact pass."""
@@ -55,12 +58,15 @@ class DraftRows:
         )
         if not self.grouped:
             return FirstPass(start=self.filled, exact=True)
+        # a round leaves its last draft and the target's own token unread; more is text that was
+        # written or read without this drafter, perhaps in blocks that others take for exact
+        behind = committed - self.filled > ROUND_LEAVES
         calibrate = self.calibration is Calibration.EVERY_ROUND or (
-            self.calibration is Calibration.ON_MISMATCH and self._mismatch
+            self.calibration is Calibration.ON_MISMATCH and (self._mismatch or behind)
         )
         if calibrate:
             return FirstPass(start=self.exact, exact=True)
-        return FirstPass(start=self.filled, exact=False)
+        return FirstPass(start=self.filled, exact=behind)
 
     def passed(self, *, end: int, exact: bool) -> None:
         """A pass wrote every row up to `end`. An exact one must have begun no later than

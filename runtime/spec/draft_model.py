@@ -1,27 +1,48 @@
-"""A small model as drafter: exact or layer-parallel passes, one token after another.
+"""A small model as drafter: exact or layer-parallel passes, all requests of a step packed together.
 
     first pass    everything the drafter has not seen exactly (or, uncalibrated, not seen at all)   -> draft 1
-    then          one grouped pass per token                                                          -> draft 2 .. n
+    then          one grouped pass per depth, of the requests that still want tokens                -> draft 2 .. n
 
-The last draft is never fed back: its row would be the next round's to write anyway.
+The last draft is never fed back: its row would be the next round's to write anyway. If one request's
+first pass must be exact, all are: being exact costs little, a second pass much.
+
+Letters: T rows, B requests, E width, V vocabulary entries here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from paceline.parallel.mesh import Axis
-from paceline.parallel.tensor import best_one, gather_vocabulary
+from paceline.parallel.tensor import best, gather_vocabulary
 from paceline.runtime.clock import StageClock
 from paceline.runtime.models.model import Model
-from paceline.runtime.sampling.filters import distribution
-from paceline.runtime.sampling.sampler import Purpose, RoundUniforms, draw
-from paceline.runtime.spec.calibrate import Calibration, DraftRows
-from paceline.runtime.spec.drafter import Draft
+from paceline.runtime.sampling.batch import (
+    SampleRequest,
+    draft_probs,
+    draft_tokens,
+    is_plain_greedy,
+)
+from paceline.runtime.sequence import Sequence
+from paceline.runtime.spec.drafter import Ask, Draft, Reading
 from paceline.runtime.spec.layer_parallel import LayerParallel
-from paceline.runtime.types import Request, StageTimes
+from paceline.runtime.types import StageTimes
+
+SHORT_ROWS = 32
+"""Longer backlogs are read ahead of the packed first pass where it would grow too large."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Span:
+    """Committed tokens of one request for the first pass."""
+
+    sequence: Sequence
+    start: int
+    end: int
 
 
 class DraftModel:
@@ -33,101 +54,188 @@ class DraftModel:
         model: Model,
         layer_parallel: LayerParallel,
         *,
-        calibration: Calibration,
         axis: Axis,
-        vocab_size: int,
+        max_rows: int,
+        rejection: bool,
     ) -> None:
-        """`vocab_size` is the target's: rows of probabilities have its width."""
-        self._vocab_size = vocab_size
+        """`max_rows` bounds a pass. With `rejection` drafts come with the distributions they were
+        drawn from."""
         self.model = model
         self._layer_parallel = layer_parallel
-        self._calibration = calibration
         self._axis = axis
-        self.rows: dict[str, DraftRows] = {}
-        """Per request, which KV rows are exact."""
-        self._requests: dict[str, tuple[Request, int]] = {}
+        self._max_rows = max_rows
+        self._rejection = rejection
 
     def describe(self) -> str:
         return f"{self.model.describe()}, {len(self.model.decoder.groups)} passes for " + (
             f"{self.model.decoder.arch.num_layers} layers"
         )
 
-    def begin(self, request: Request, *, region: int) -> None:
-        self._requests[request.request_id] = (request, region)
-        self.rows[request.request_id] = DraftRows(
-            calibration=self._calibration, grouped=self._layer_parallel.any_group
-        )
-
-    def forget(self, request_id: str) -> None:
-        del self._requests[request_id], self.rows[request_id]
-
-    def read(self, request_id: str, token_ids: list[int], *, start: int) -> None:
-        self._pass(request_id, self.model.tokens(token_ids), start=start, exact=True)
-
-    def propose(self, request_id: str, token_ids: list[int], *, num_tokens: int) -> Draft:
-        request, _ = self._requests[request_id]
-        committed = len(token_ids)
-        uniforms = RoundUniforms(request.seed, committed)
+    def propose(self, asks: Many[Ask], readings: Many[Reading]) -> tuple[list[Draft], StageTimes]:
         clock = StageClock(self.model.device)
-        first = self.rows[request_id].first_pass(committed=committed)
-        pending = self.model.tokens(token_ids[first.start :])
-        h_TE = self._pass(request_id, pending, start=first.start, exact=first.exact)
-        token, probs = self._choose(h_TE, request, depth=1, uniforms=uniforms)
+        # longest first, so that those still drafting are always the first ones
+        order = sorted(range(len(asks)), key=lambda i: -asks[i].num_tokens)
+        sorted_asks = [asks[i] for i in order]
+        h_BE, exact = self._first_pass(sorted_asks, readings)
+        if h_BE is None:
+            return [], StageTimes(calibrate_ms=clock.lap())
+        drafting = _Drafting(sorted_asks, rejection=self._rejection)
+        self._choose(h_BE, drafting)
         first_ms = clock.lap()
-        tokens, rows = [token], [probs]
-        for depth in range(2, num_tokens + 1):
-            h_TE = self._pass(request_id, token, start=committed + depth - 2, exact=False)
-            token, probs = self._choose(h_TE, request, depth=depth, uniforms=uniforms)
-            tokens.append(token)
-            rows.append(probs)
-        drawn = [row for row in rows if row is not None]
-        draft_ids = tuple(int(i) for i in torch.cat(tokens).tolist())
+        for depth in range(2, sorted_asks[0].num_tokens + 1):
+            drafting.drop_those_below(depth)
+            self._choose(self._grouped_pass(drafting, depth=depth), drafting)
+        drafts = drafting.finish()
         rest_ms = clock.lap()
-        calibrated = first.exact and self.rows[request_id].grouped
-        return Draft(
-            token_ids=draft_ids,
-            probs_PV=torch.cat(drawn) if drawn else None,
-            times=StageTimes(
-                calibrate_ms=first_ms if calibrated else 0.0,
-                draft_ms=rest_ms if calibrated else first_ms + rest_ms,
-            ),
+        calibrated = exact and self._layer_parallel.any_group
+        times = StageTimes(
+            calibrate_ms=first_ms if calibrated else 0.0,
+            draft_ms=rest_ms if calibrated else first_ms + rest_ms,
+        )
+        by_ask = dict(zip(order, drafts, strict=True))
+        return [by_ask[i] for i in range(len(asks))], times
+
+    def verified(self, sequence: Sequence, *, num_drafted: int, num_accepted: int) -> None:
+        sequence.draft_rows.verified(
+            committed=len(sequence.token_ids), num_drafted=num_drafted, num_accepted=num_accepted
         )
 
-    def verified(
-        self, request_id: str, *, num_committed: int, draft: Draft, num_accepted: int
-    ) -> None:
-        self.rows[request_id].verified(
-            committed=num_committed, num_drafted=len(draft.token_ids), num_accepted=num_accepted
-        )
+    def _first_pass(self, asks: list[Ask], readings: Many[Reading]) -> tuple[Tensor | None, bool]:
+        """Every ask's last committed token and whatever must be read before it: hidden states of
+        those tokens, `[B, E]`, and whether the pass was exact."""
+        spans, exact = [], False
+        for ask in asks:
+            sequence, committed = ask.sequence, len(ask.sequence.token_ids)
+            first = sequence.draft_rows.first_pass(committed=committed)
+            # behind a window blocks are given back, and must not be written any more
+            start = (
+                max(first.start, committed - sequence.window) if sequence.window else first.start
+            )
+            spans.append(_Span(sequence=sequence, start=start, end=committed))
+            exact = exact or first.exact
+        for reading in readings:
+            start = reading.sequence.draft_rows.filled
+            if start < reading.end:
+                spans.append(_Span(sequence=reading.sequence, start=start, end=reading.end))
+                exact = True
+        if not spans:
+            return None, False
+        if sum(span.end - span.start for span in spans) > self._max_rows:
+            for span in spans:
+                self._read_ahead(span)
+        h_TE = self._pass(spans, exact=exact)
+        last, end = [], 0
+        for span in spans[: len(asks)]:
+            end += span.end - span.start
+            last.append(end - 1)
+        return (h_TE[last] if last else None), exact
 
-    def _pass(self, request_id: str, token_ids_T: Tensor, *, start: int, exact: bool) -> Tensor:
-        """Feed tokens; the last row's hidden state, `[1, E]`."""
-        rows = self.model.rows(token_ids_T, start=start, region=self._requests[request_id][1])
-        decode = self.model.decoder.exact if exact else self._layer_parallel.grouped
-        h_TE = decode(rows)
-        self.rows[request_id].passed(end=rows.end, exact=exact)
-        return h_TE[-1:]
+    def _read_ahead(self, span: _Span) -> None:
+        """Read all but the last token of a long backlog, alone."""
+        while span.end - span.start > SHORT_ROWS:
+            end = min(span.end - 1, span.start + self._max_rows)
+            self._pass([_Span(sequence=span.sequence, start=span.start, end=end)], exact=True)
+            span.start = end
 
-    def _choose(
-        self, h_1E: Tensor, request: Request, *, depth: int, uniforms: RoundUniforms
-    ) -> tuple[Tensor, Tensor | None]:
-        """The next draft, `[1]` int64, the same on every rank; and, on rank 0, what it was drawn
-        from, `[1, V]`."""
+    def _pass(self, spans: list[_Span], *, exact: bool) -> Tensor:
+        """Feed committed tokens: `[T, E]`."""
+        token_ids: list[int] = []
+        segments = []
+        for span in spans:
+            token_ids += span.sequence.token_ids[span.start : span.end]
+            num_rows = span.end - span.start
+            segments.append(span.sequence.segment(start=span.start, num_rows=num_rows))
+        rows = self.model.rows(self.model.tokens(token_ids), segments)
+        h_TE = (self.model.decoder.exact if exact else self._layer_parallel.grouped)(rows)
+        for span in spans:
+            draft_rows = span.sequence.draft_rows
+            draft_rows.passed(end=span.end, exact=exact and span.start <= draft_rows.exact)
+        return h_TE
+
+    def _grouped_pass(self, drafting: _Drafting, *, depth: int) -> Tensor:
+        """Feed the latest draft of every request that drafts on: `[B, E]`."""
+        segments = []
+        for ask in drafting.asks:
+            position = len(ask.sequence.token_ids) + depth - 2
+            segments.append(ask.sequence.segment(start=position, num_rows=1))
+            ask.sequence.draft_rows.passed(end=position + 1, exact=False)
+        rows = self.model.rows(drafting.latest, segments)
+        return self._layer_parallel.grouped(rows)
+
+    def _choose(self, h_BE: Tensor, drafting: _Drafting) -> None:
+        """The next draft of every request, the same on every rank."""
         decoder = self.model.decoder
-        logits = decoder.logits(h_1E)
-        if request.params.greedy:
+        logits_BV = decoder.logits(h_BE)
+        if drafting.greedy:
             # ranks of a split vocabulary exchange candidates and all see the same ones, bit for
             # bit; whole copies of a drafter (placement `layer`) each compute their own, so there
             # rank 0's word counts
-            token = best_one(logits, offset=decoder.vocabulary.start, axis=decoder.axis)
-            return (
-                token if decoder.axis is self._axis else self._axis.collectives.broadcast_(token)
-            ), None
-        full = gather_vocabulary(logits, axis=decoder.axis, widths=decoder.vocabulary_widths)
-        probs = None
-        token = torch.zeros(1, dtype=torch.int64, device=full.device)
+            ids_B = best(logits_BV, offset=decoder.vocabulary.start, axis=decoder.axis)
+            if decoder.axis is not self._axis:
+                ids_B = self._axis.collectives.broadcast_(ids_B)
+            drafting.append(ids_B, None)
+            return
+        full_BV = gather_vocabulary(logits_BV, axis=decoder.axis, widths=decoder.vocabulary_widths)
+        ids_B = torch.zeros(full_BV.shape[0], dtype=torch.int64, device=full_BV.device)
+        probs_BV = None
         if self._axis.index == 0:
-            probs = distribution(full, request.params)
-            probs = F.pad(probs, (0, self._vocab_size - probs.shape[1]))
-            token[0] = draw(probs[0], uniforms(depth, purpose=Purpose.DRAFT))
-        return self._axis.collectives.broadcast_(token), probs
+            requests = drafting.sample_requests()
+            if self._rejection:
+                drawn, probs_BV = draft_probs(full_BV, requests)
+                ids_B = torch.tensor(drawn, dtype=torch.int64, device=full_BV.device)
+            else:
+                ids_B = draft_tokens(full_BV, requests)
+        drafting.append(self._axis.collectives.broadcast_(ids_B), probs_BV)
+
+
+class _Drafting:
+    """The drafts of a step while they grow, by depth; requests leave at the end of the list."""
+
+    def __init__(self, asks: list[Ask], *, rejection: bool) -> None:
+        self.asks = asks
+        self.greedy = all(is_plain_greedy(ask.sequence.request.params) for ask in asks)
+        self._num_asks = len(asks)
+        self._rejection = rejection
+        self._ids: list[Tensor] = []
+        self._probs: list[Tensor | None] = []
+        self._told: list[list[int]] = [[] for _ in asks]
+        """Drafts so far, where drawing the next one needs them."""
+
+    @property
+    def latest(self) -> Tensor:
+        """`[B]`: what each drafted last."""
+        return self._ids[-1][: len(self.asks)]
+
+    def drop_those_below(self, depth: int) -> None:
+        """Keep the requests that want a draft of this depth."""
+        while self.asks[-1].num_tokens < depth:
+            self.asks = self.asks[:-1]
+
+    def append(self, ids_B: Tensor, probs_BV: Tensor | None) -> None:
+        self._ids.append(ids_B)
+        self._probs.append(probs_BV)
+        if not self.greedy:
+            for told, token_id in zip(self._told, ids_B.tolist(), strict=False):
+                told.append(int(token_id))
+
+    def sample_requests(self) -> list[SampleRequest]:
+        """What drawing the next draft of each request needs. On rank 0 alone."""
+        found = []
+        for ask, told in zip(self.asks, self._told, strict=False):
+            state = ask.sequence.sample
+            assert state is not None, "expected the deciding rank"
+            found.append(SampleRequest(state=state, drafts=tuple(told)))
+        return found
+
+    def finish(self) -> list[Draft]:
+        """One chain per request asked for."""
+        columns = [ids.tolist() for ids in self._ids]
+        drafts = []
+        for i in range(self._num_asks):
+            token_ids = tuple(int(column[i]) for column in columns if i < len(column))
+            probs_PV = None
+            if self._rejection and self._probs[0] is not None:
+                rows = [probs[i] for probs in self._probs if probs is not None and i < len(probs)]
+                probs_PV = torch.stack(rows)
+            drafts.append(Draft(token_ids=token_ids, probs_PV=probs_PV))
+        return drafts

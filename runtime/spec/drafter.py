@@ -1,50 +1,55 @@
-"""What every drafter is to the worker: something that proposes tokens for one request and learns
-what became of them."""
+"""What every drafter is to the worker: something that proposes tokens for the requests of a step and
+learns what became of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from paceline.runtime.types import Request, StageTimes
+from paceline.runtime.sequence import Sequence
+from paceline.runtime.types import StageTimes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """At most `num_tokens`, at least 1, tokens to follow all committed ones of a request."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """Committed tokens that the target reads in this step, up to `end`: a drafter with KV of its own
+    may read them too, so that it need not when it is asked."""
+
+    sequence: Sequence
+    end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A chain of proposed tokens."""
+    """A chain of proposed tokens, maybe none."""
 
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
     """The same on every rank of the target axis."""
-    probs_PV: Tensor | None
-    """Row i is the distribution the i-th token was really drawn from; on rank 0 only. None: not
-    drawn, a point mass."""
-    times: StageTimes
-    """Without `verify_ms`."""
+    probs_PV: Tensor | None = None
+    """Row i is the distribution the i-th token was drawn from, where that matters to verification
+    (`rejection`); on rank 0 only."""
 
 
 class Drafter(Protocol):
-    """Called in lockstep on every rank. Holds state per request from `begin` to `forget`."""
+    """Called in lockstep on every rank, every request's state being in its `Sequence`."""
 
     def describe(self) -> str:
         """A few words for a person."""
 
-    def begin(self, request: Request, *, region: int) -> None:
-        """Make room. `region` is the request's, in whatever pool the drafter keeps."""
+    def propose(self, asks: Many[Ask], readings: Many[Reading]) -> tuple[list[Draft], StageTimes]:
+        """A draft per ask, in order, and where the time went (without `verify_ms`)."""
 
-    def read(self, request_id: str, token_ids: list[int], *, start: int) -> None:
-        """See a chunk of the prompt, which begins at position `start`."""
-
-    def propose(self, request_id: str, token_ids: list[int], *, num_tokens: int) -> Draft:
-        """At most `num_tokens` (at least 1) tokens to follow `token_ids`, all committed tokens of
-        the request."""
-
-    def verified(
-        self, request_id: str, *, num_committed: int, draft: Draft, num_accepted: int
-    ) -> None:
-        """The target kept the first `num_accepted` tokens of `draft`, which followed
-        `num_committed` tokens."""
-
-    def forget(self, request_id: str) -> None:
-        """The request is over."""
+    def verified(self, sequence: Sequence, *, num_drafted: int, num_accepted: int) -> None:
+        """The target kept the first `num_accepted` of the tokens drafted for a request. Called
+        before the round's tokens are committed."""

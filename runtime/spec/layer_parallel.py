@@ -36,7 +36,6 @@ from paceline.parallel.mesh import Axis
 from paceline.runtime.inputs import Rows
 from paceline.runtime.layers.linear import Linear
 from paceline.runtime.layers.mlp import swiglu
-from paceline.runtime.layers.norm import rms
 from paceline.runtime.models.llama import Decoder, LayerGroup, out_linear, qkv_linear
 
 
@@ -82,13 +81,13 @@ class LayerParallel:
     def grouped(self, rows: Rows) -> Tensor:
         """A pass with the groups side by side: `[T, E]` before the final norm. Writes approximate
         KV rows."""
-        h_TE = self._decoder.embed(rows)
+        h_TE, delta_TE = self._decoder.embed(rows), None
         for group, side_by_side in zip(self._decoder.groups, self._groups, strict=True):
             if side_by_side is None:
-                h_TE = self._decoder.exact_layer(h_TE, group, 0, rows=rows)
+                delta_TE = self._decoder.exact_layer(h_TE, delta_TE, group, 0, rows=rows)
             else:
-                h_TE = side_by_side(h_TE, rows=rows)
-        return h_TE
+                delta_TE = side_by_side(h_TE, delta_TE, rows=rows)
+        return h_TE if delta_TE is None else h_TE + delta_TE
 
 
 class WideGroup:
@@ -118,44 +117,40 @@ class WideGroup:
                 bias=None if stack.down_bias is None else stack.down_bias.sum(dim=0),
             )
 
-    def __call__(self, h_TE: Tensor, *, rows: Rows) -> Tensor:
-        context = self._group.context(h_TE, self._qkv, units=self._units, rows=rows)  # [U, G, T, D]
+    def __call__(self, h_TE: Tensor, delta_TE: Tensor | None, *, rows: Rows) -> Tensor:
+        x_TE = self._group.norm(h_TE, delta_TE)
+        context_TC = self._group.context(x_TE, self._qkv, units=self._units, rows=rows)
         if self._policy is Policy.BLOCK:
-            return self._block(h_TE, context)
-        return self._attention(h_TE, context)
+            return self._block(h_TE, context_TC)
+        return self._attention(h_TE, context_TC)
 
-    def _attention(self, h_TE: Tensor, context: Tensor) -> Tensor:
-        A_LTE = self._all_reduce_(self._outputs(context))
+    def _attention(self, h_TE: Tensor, context_TC: Tensor) -> Tensor:
+        A_LTE = self._all_reduce_(self._outputs(context_TC))
+        delta_TE = torch.zeros_like(A_LTE[0])
         for layer, A_TE in enumerate(A_LTE):
-            u_TE = h_TE + A_TE
-            h_TE = u_TE + self._all_reduce_(self._group.mlp(u_TE, layer))
-        return h_TE
+            x_TE = self._group.norm(h_TE, delta_TE + A_TE)
+            delta_TE = self._all_reduce_(self._group.mlp(x_TE, layer))
+        return delta_TE
 
-    def _block(self, h_TE: Tensor, context: Tensor) -> Tensor:
+    def _block(self, h_TE: Tensor, context_TC: Tensor) -> Tensor:
         group, num_tokens = self._group, h_TE.shape[0]
-        flat_TC = context.permute(2, 0, 1, 3).reshape(num_tokens, -1)
-        summed_TE = self._out(flat_TC.to(group.dtype))
+        summed_TE = self._out(context_TC)
         if self._out_bias is not None:
             summed_TE = summed_TE + self._out_bias.sum(dim=0)
-        u_TE = h_TE + self._all_reduce_(summed_TE)
-        gate_up = self._gate_up(rms(u_TE, eps=group.eps).to(group.dtype))
+        gate_up = self._gate_up(group.norm(h_TE, self._all_reduce_(summed_TE)))
         active = swiglu(gate_up.view(num_tokens, len(group.layers), -1))  # [T, L, F]
-        return u_TE + self._all_reduce_(self._down(active.flatten(1)))
+        return self._all_reduce_(self._down(active.flatten(1)))
 
-    def _outputs(self, context: Tensor) -> Tensor:
+    def _outputs(self, context_TC: Tensor) -> Tensor:
         """Every layer's attention output apart, this rank's part: `[L, T, E]`."""
-        group = self._group
-        _, G, T, D = context.shape
+        group, T = self._group, context_TC.shape[0]
         if self._even:
-            by_layer = context.view(len(group.layers), -1, G, T, D).permute(0, 3, 1, 2, 4)
-            A_LTE = torch.bmm(
-                by_layer.reshape(len(group.layers), T, -1).to(group.dtype), self._out_LCE
-            )
+            by_layer = context_TC.view(T, len(group.layers), -1).transpose(0, 1)  # [L, T, C/L]
+            A_LTE = torch.bmm(by_layer, self._out_LCE)
         else:
             assert group.stack is not None
             per_unit = torch.bmm(
-                context.transpose(1, 2).reshape(len(self._units), T, G * D).to(group.dtype),
-                group.stack.out,
+                context_TC.view(T, len(self._units), -1).transpose(0, 1), group.stack.out
             )  # [U, T, E]
             A_LTE = torch.stack(
                 [per_unit[part.start : part.stop].sum(dim=0) for part in group.units]
@@ -174,21 +169,22 @@ class PlacedGroup:
         num_layers = len(group.layers)
         self._mine = [i for i in range(num_layers) if owner(i, ranks=axis.size) == axis.index]
 
-    def __call__(self, h_TE: Tensor, *, rows: Rows) -> Tensor:
+    def __call__(self, h_TE: Tensor, delta_TE: Tensor | None, *, rows: Rows) -> Tensor:
         group = self._group
+        x_TE = group.norm(h_TE, delta_TE)
         # slots that one rank fills and the others leave zero: the sum is the all-gather, whoever
         # owns how many
         A_LTE = torch.zeros(len(group.layers), *h_TE.shape, device=h_TE.device)
         for layer in self._mine:
-            A_LTE[layer] = group.attention(h_TE, layer, rows=rows)
+            A_LTE[layer] = group.attention(x_TE, layer, rows=rows)
         if self._policy is Policy.BLOCK:
-            u_TE = h_TE + self._all_reduce_(A_LTE.sum(dim=0))
+            x_TE = group.norm(h_TE, self._all_reduce_(A_LTE.sum(dim=0)))
             M_TE = torch.zeros_like(h_TE)
             for layer in self._mine:
-                M_TE = M_TE + group.mlp(u_TE, layer)
-            return u_TE + self._all_reduce_(M_TE)
+                M_TE = M_TE + group.mlp(x_TE, layer)
+            return self._all_reduce_(M_TE)
         self._all_reduce_(A_LTE)
+        delta_TE = torch.zeros_like(h_TE)
         for layer, A_TE in enumerate(A_LTE):
-            u_TE = h_TE + A_TE
-            h_TE = u_TE + group.mlp(u_TE, layer)
-        return h_TE
+            delta_TE = group.mlp(group.norm(h_TE, delta_TE + A_TE), layer)
+        return delta_TE

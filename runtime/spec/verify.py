@@ -93,6 +93,18 @@ def verify_greedy(tree: DraftTree, best_token_ids: Sequence[int]) -> Verdict:
     return _follow(tree, lambda node, _depth: best_token_ids[1 + node])
 
 
+def accepted_of_chain(draft_token_ids: Sequence[int], own_token_ids: Sequence[int]) -> int:
+    """How many drafts of a chain the target's own tokens agree with: `verify_greedy` and
+    `verify_point_mass` of a chain, given the token of each of its 1 + n rows."""
+    assert len(own_token_ids) == 1 + len(draft_token_ids), (
+        f"one token per row, expected {1 + len(draft_token_ids)}, found {len(own_token_ids)}"
+    )
+    kept = 0
+    while kept < len(draft_token_ids) and draft_token_ids[kept] == own_token_ids[kept]:
+        kept += 1
+    return kept
+
+
 def verify_point_mass(
     tree: DraftTree,
     probs: Tensor,  # [1 + n, V]

@@ -14,6 +14,7 @@ import paceline.runtime.models.embedded as embedded
 from paceline import LLM, SamplingParams
 from paceline.runtime.models.arch import read_architecture
 from paceline.runtime.models.weights import find_model
+from paceline.runtime.requests import TokensPrompt
 from paceline.runtime.tokenizer import Tokenizer
 
 TARGET, DRAFTER = find_model("embedded"), find_model("embedded/drafter")
@@ -51,17 +52,22 @@ def test_transformers_reads_the_same_model(folder: Path) -> None:
         expected = reference.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
     with LLM(str(folder), dtype="float32") as llm:
         params = SamplingParams(temperature=0.0, max_tokens=16)
-        found = llm.generate({"prompt_token_ids": prompt}, params)[0].outputs[0].token_ids
+        found = llm.generate(TokensPrompt(prompt_token_ids=prompt), params)[0].outputs[0].token_ids
     assert found == expected[0, 64:].tolist()
 
 
 @pytest.mark.parametrize(("size", "policy"), [(1, "attention"), (3, "attention"), (3, "block")])
 def test_drafts_are_accepted_and_the_text_stays_the_targets(size: int, policy: str) -> None:
     prompts = [
-        {"prompt_token_ids": ids} for ids in held_out(Tokenizer(TARGET), count=4, length=128)
+        TokensPrompt(prompt_token_ids=ids)
+        for ids in held_out(Tokenizer(TARGET), count=4, length=128)
     ]
     params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
-    speculative = {"layer_parallel_size": size, "layer_parallel_policy": policy}
+    speculative = {
+        "layer_parallel_size": size,
+        "layer_parallel_policy": policy,
+        "draft_length": "fixed",
+    }
     with LLM(dtype="float32", speculative_config=speculative) as llm:
         plain = llm.generate(prompts, params, num_draft_tokens=0)
         drafted = llm.generate(prompts, params)

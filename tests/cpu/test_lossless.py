@@ -10,21 +10,28 @@ from pathlib import Path
 import pytest
 
 from paceline.actors.cli import main
-from paceline.runtime.llm import CompletionOutput, RequestOutput
 from paceline.runtime.lossless import (
     DistributionReport,
     GreedyReport,
     first_difference,
     same_distribution,
 )
+from paceline.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 
 
-def output(token_ids: list[int], margins: list[float]) -> RequestOutput:
+def output(token_ids: list[int], margins: list[float] | None = None) -> RequestOutput:
+    """A text; with margins, as of a target that was asked for its two best tokens."""
+    logprobs = None
+    if margins is not None:
+        logprobs = [
+            {token_id: Logprob(logprob=-0.5), 60: Logprob(logprob=-0.5 - margin)}
+            for token_id, margin in zip(token_ids, margins, strict=True)
+        ]
     return RequestOutput(
         request_id="r",
         prompt=None,
         prompt_token_ids=[1],
-        outputs=[CompletionOutput(token_ids=token_ids, margins=margins)],
+        outputs=[CompletionOutput(token_ids=token_ids, logprobs=logprobs)],
     )
 
 
@@ -34,16 +41,15 @@ def draws(weights: list[float], *, count: int, seed: int) -> Counter[tuple[int, 
 
 
 def test_the_first_difference_carries_the_margin_of_the_plain_text() -> None:
-    found = first_difference(
-        output([5, 6, 7], [1.0, 0.002, 3.0]), output([5, 9, 7], [1.0, 0.5, 3.0])
-    )
+    found = first_difference(output([5, 6, 7], [1.0, 0.002, 3.0]), output([5, 9, 7]))
     assert found is not None
-    assert (found.position, found.plain, found.speculative, found.margin) == (1, 6, 9, 0.002)
-    assert first_difference(output([5, 6], [1.0, 1.0]), output([5, 6], [1.0, 1.0])) is None
+    assert (found.position, found.plain, found.speculative) == (1, 6, 9)
+    assert found.margin == pytest.approx(0.002)
+    assert first_difference(output([5, 6], [1.0, 1.0]), output([5, 6])) is None
 
 
 def test_texts_of_different_length_are_never_a_near_tie() -> None:
-    found = first_difference(output([5, 6], [1.0, 1.0]), output([5], [1.0]))
+    found = first_difference(output([5, 6], [1.0, 1.0]), output([5]))
     assert found is not None
     report = GreedyReport(prompts=1, tokens=2, differences=(found,), near_tie=0.1)
     assert not report.passed
@@ -51,7 +57,7 @@ def test_texts_of_different_length_are_never_a_near_tie() -> None:
 
 @pytest.mark.parametrize(("margin", "passed"), [(0.05, True), (0.5, False)])
 def test_only_near_ties_are_forgiven(margin: float, passed: bool) -> None:
-    found = first_difference(output([5], [margin]), output([6], [1.0]))
+    found = first_difference(output([5], [margin]), output([6]))
     assert found is not None
     assert GreedyReport(prompts=1, tokens=1, differences=(found,), near_tie=0.1).passed is passed
 
@@ -62,6 +68,20 @@ def test_equal_distributions_pass_and_slightly_different_ones_do_not() -> None:
     plain = draws(weights, count=4000, seed=1)
     assert same_distribution(plain, draws(weights, count=4000, seed=2))[0] > 1e-3
     assert same_distribution(plain, draws(shifted, count=4000, seed=2))[0] < 1e-6
+
+
+def test_a_sampled_token_that_is_not_among_the_best_does_not_make_a_margin_negative() -> None:
+    """Three entries then: the token's own and the two best."""
+    plain = output([5], [1.0])
+    assert plain.outputs[0].logprobs is not None
+    plain.outputs[0].logprobs[0] = {
+        5: Logprob(logprob=-9.0),
+        6: Logprob(logprob=-0.1),
+        7: Logprob(logprob=-0.4),
+    }
+    found = first_difference(plain, output([6]))
+    assert found is not None
+    assert found.margin == pytest.approx(0.3)
 
 
 def test_p_values_of_equal_distributions_are_uniform() -> None:

@@ -23,7 +23,7 @@ from paceline.parallel.layer import exact_groups, layer_groups
 from paceline.parallel.mesh import Axis
 from paceline.runtime.config import EngineConfig, SpeculativeConfig
 from paceline.runtime.errors import ConfigError, ModelError, UserError
-from paceline.runtime.loading import load_drafter, load_target
+from paceline.runtime.loading import load as load_models
 from paceline.runtime.models.arch import read_architecture
 from paceline.runtime.models.llama import load_decoder
 from paceline.runtime.models.weights import Checkpoint, find_model
@@ -62,7 +62,7 @@ def preflight(folder: Path | str, **more: Any) -> str:
 
 def load(folder: Path) -> object:
     """What a rank does."""
-    return load_target(EngineConfig(model=str(folder)), solo_mesh(), num_regions=1)
+    return load_models(EngineConfig(model=str(folder)), solo_mesh())
 
 
 def truncate(path: Path) -> None:
@@ -307,7 +307,7 @@ def test_tensor_of_another_shape_is_named_with_both_shapes(
 def test_groups_that_do_not_fit_the_drafter_are_refused(pair: tuple[Path, Path]) -> None:
     spec = SpeculativeConfig(model=str(pair[1]), layer_groups=((0,), (1, 2)))
     config = EngineConfig(model=str(pair[0]), speculative_config=spec)
-    line = refusal(lambda: load_drafter(config, solo_mesh(), num_regions=1), ConfigError)
+    line = refusal(lambda: load_models(config, solo_mesh()), ConfigError)
     assert (
         line == "layer_groups must list the layers 0 to 1 once each and in order; found [0, 1, 2]"
     )

@@ -21,6 +21,7 @@ def test_gpu_and_cpu_write_the_same_greedy_text(tiny: Callable[..., Path], polic
         "model": str(tiny(seed=0, noise=0.03)),
         "layer_parallel_size": 2,
         "layer_parallel_policy": policy,
+        "draft_length": "fixed",
     }
     texts = []
     for device in ("cpu", "cuda"):

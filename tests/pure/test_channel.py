@@ -15,7 +15,7 @@ import pytest
 import zmq
 
 from paceline.runtime import channel
-from paceline.runtime.channel import Answer, Hello, PlanReceiver, PlanSender
+from paceline.runtime.channel import Answer, Hello, PlanReceiver, PlanSender, Ready
 from paceline.runtime.errors import (
     DeadlineError,
     EngineError,
@@ -43,10 +43,14 @@ PLAN = StepPlan(
         ScheduledRequest(
             request_id="a",
             num_tokens=2,
+            new_blocks=(4, 2),
             request=Request(
-                request_id="a", prompt_token_ids=(1, 2), params=SamplingParams(), seed=5
+                request_id="a",
+                prompt_token_ids=(1, 2),
+                params=SamplingParams(),
+                seed=5,
+                max_tokens=16,
             ),
-            region=0,
         ),
     ),
     finished=("b",),
@@ -108,12 +112,12 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
 
 
 def is_ready(receiver: PlanReceiver) -> None:
-    receiver.ready("ready")
+    receiver.ready("ready", num_blocks=8)
 
 
 def serve(receiver: PlanReceiver, *, result: StepResult | None = RESULT) -> list[StepPlan]:
     """Say hello, answer every plan with `result`, and end when told to: the plans."""
-    receiver.ready("ready")
+    receiver.ready("ready", num_blocks=8)
     plans = []
     while (plan := receiver.receive(alive=lambda: True)) is not None:
         plans.append(plan)
@@ -132,8 +136,11 @@ def listen(receiver: PlanReceiver) -> None:
 
 def test_facts_come_in_the_order_of_ranks(ranks: Ranks) -> None:
     sender = ranks.sender(num_ranks=3)
-    ranks.start(*(lambda receiver, i=i: receiver.ready(f"facts of {i}") for i in range(3)))
-    assert sender.wait_for_ranks(timeout_s=LONG_S) == ["facts of 0", "facts of 1", "facts of 2"]
+    ranks.start(
+        *(lambda receiver, i=i: receiver.ready(f"facts of {i}", num_blocks=8) for i in range(3))
+    )
+    ready = sender.wait_for_ranks(timeout_s=LONG_S)
+    assert ready == Ready(ranks=("facts of 0", "facts of 1", "facts of 2"), num_blocks=8)
 
 
 def test_user_error_of_a_rank_is_raised_in_its_own_words(ranks: Ranks) -> None:
@@ -170,7 +177,7 @@ def test_rank_that_dies_while_loading_is_named(ranks: Ranks) -> None:
 def test_rank_of_another_version_is_refused(ranks: Ranks) -> None:
     sender = ranks.sender(num_ranks=1)
     ranks.say(msgspec.msgpack.encode(Hello(rank=0, version=WIRE_VERSION + 1)))
-    with pytest.raises(ShardError, match=r"speaks version 2, this coordinator 1"):
+    with pytest.raises(ShardError, match=r"speaks version 3, this coordinator 2"):
         sender.wait_for_ranks(timeout_s=LONG_S)
 
 
@@ -212,13 +219,13 @@ def test_only_rank_0_s_result_counts(ranks: Ranks) -> None:
     told = threading.Event()
 
     def rank_0(receiver: PlanReceiver) -> None:
-        receiver.ready("ready")
+        receiver.ready("ready", num_blocks=8)
         receiver.receive(alive=lambda: True)
         assert told.wait(LONG_S)
         receiver.answer(RESULT)
 
     def rank_1(receiver: PlanReceiver) -> None:
-        receiver.ready("ready")
+        receiver.ready("ready", num_blocks=8)
         receiver.receive(alive=lambda: True)
         receiver.answer(other)
         told.set()
@@ -232,7 +239,7 @@ def test_result_of_an_earlier_step_is_passed_over(ranks: Ranks) -> None:
     sender = ranks.sender(num_ranks=1)
 
     def rank_0(receiver: PlanReceiver) -> None:
-        receiver.ready("ready")
+        receiver.ready("ready", num_blocks=8)
         receiver.receive(alive=lambda: True)
         receiver.answer(StepResult(step=2))
         receiver.answer(RESULT)
@@ -284,9 +291,9 @@ def test_rank_that_starts_again_in_the_middle_of_a_step_is_noticed(ranks: Ranks)
     sender = ranks.sender(num_ranks=1)
 
     def restarting(receiver: PlanReceiver) -> None:
-        receiver.ready("ready")
+        receiver.ready("ready", num_blocks=8)
         receiver.receive(alive=lambda: True)
-        receiver.ready("ready again")
+        receiver.ready("ready again", num_blocks=8)
 
     ranks.start(restarting)
     sender.wait_for_ranks(timeout_s=LONG_S)
@@ -308,7 +315,7 @@ def test_plan_of_another_version_is_refused_by_the_rank(ranks: Ranks) -> None:
     refused: list[BaseException] = []
 
     def rank_0(receiver: PlanReceiver) -> None:
-        receiver.ready("ready")
+        receiver.ready("ready", num_blocks=8)
         try:
             receiver.receive(alive=lambda: True)
         except EngineError as error:
@@ -320,6 +327,14 @@ def test_plan_of_another_version_is_refused_by_the_rank(ranks: Ranks) -> None:
     sender.step(msgspec.structs.replace(PLAN, version=WIRE_VERSION + 1), timeout_s=LONG_S)
     ranks.join()
     assert len(refused) == 1
+
+
+def test_checking_finds_a_rank_that_died_while_there_was_nothing_to_do(ranks: Ranks) -> None:
+    executor = ChannelExecutor(ranks.sender(num_ranks=1), step_timeout_s=LONG_S)
+    executor.check()
+    ranks.died = "rank 0 ended with exit code -9"
+    with pytest.raises(ShardError, match="rank 0 ended with exit code -9"):
+        executor.check()
 
 
 def test_executor_of_a_channel_carries_its_deadline(ranks: Ranks) -> None:

@@ -13,8 +13,10 @@ from msgspec import inspect
 from paceline.actors.cli import main
 from paceline.runtime.config import (
     EngineConfig,
+    ServerConfig,
     SpeculativeConfig,
     make_config,
+    parse_bytes,
     read_yaml,
 )
 from paceline.runtime.errors import ConfigError
@@ -31,6 +33,16 @@ GENERATE_FLAGS = [
     "--tensor-parallel-size",
     "--max-model-len",
     "--max-num-batched-tokens",
+    "--max-num-seqs",
+    "--max-queued-requests",
+    "--block-size",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
+    "--gpu-memory-utilization",
+    "--kv-cache-memory",
+    "--kv-sink-tokens",
+    "--kv-window",
+    "--priority-ageing-s",
     "--seed",
     "--speculative-config",
     "--device",
@@ -42,14 +54,32 @@ GENERATE_FLAGS = [
     "--load-timeout-s",
     "--step-timeout-s",
     "--max-tokens",
+    "--min-tokens",
     "--temperature",
     "--top-k",
     "--top-p",
     "--min-p",
+    "--repetition-penalty",
+    "--presence-penalty",
+    "--frequency-penalty",
+    "--logit-bias",
+    "--stop",
+    "--stop-token-ids",
+    "--include-stop-str-in-output",
+    "--no-include-stop-str-in-output",
     "--ignore-eos",
     "--no-ignore-eos",
-    "--stop-token-ids",
+    "--logprobs",
+    "--prompt-logprobs",
+    "--skip-special-tokens",
+    "--no-skip-special-tokens",
+    "--structured-outputs",
+    "--kv-policy",
 ]
+
+
+NO_FLAGS = [(SamplingParams, "seed"), (SamplingParams, "n")]
+"""--seed is the engine's; a command line shows one text per prompt."""
 
 
 def refusal(settings: dict[Any, Any]) -> str:
@@ -96,6 +126,28 @@ def test_key_that_is_no_string_inside_speculative_config_is_refused(key: Any) ->
         ({"max_model_len": 1}, "max_model_len", "expected `int` >= 2"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens", "expected `int` >= 1"),
         ({"dtype": "int4"}, "dtype", "invalid enum value 'int4'"),
+        ({"max_num_seqs": 0}, "max_num_seqs", "expected `int` >= 1"),
+        ({"max_num_seqs": 4097}, "max_num_seqs", "expected `int` <= 4096"),
+        ({"max_queued_requests": -1}, "max_queued_requests", "expected `int` >= 0"),
+        ({"block_size": 8}, "block_size", "expected `int` >= 16"),
+        ({"block_size": 24}, "block_size", "expected `int` that's a multiple of 16"),
+        ({"block_size": 512}, "block_size", "expected `int` <= 256"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization", "expected `float` > 0.0"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization", "expected `float` <= 1.0"),
+        ({"kv_sink_tokens": 0}, "kv_sink_tokens", "expected `int` >= 1"),
+        ({"kv_window": 15}, "kv_window", "expected `int` >= 16"),
+        ({"priority_ageing_s": 0}, "priority_ageing_s", "expected `float` > 0.0"),
+        ({"kv_cache_memory": []}, "kv_cache_memory", "expected `int | str | null`, got `array`"),
+        (
+            {"speculative_config": {"method": "guess"}},
+            "speculative_config.method",
+            "invalid enum value 'guess'",
+        ),
+        (
+            {"speculative_config": {"prompt_lookup_max": 0}},
+            "speculative_config.prompt_lookup_max",
+            "expected `int` >= 1",
+        ),
         ({"device": "tpu"}, "device", "invalid enum value 'tpu'"),
         ({"step_timeout_s": 0}, "step_timeout_s", "expected `float` > 0.0"),
         ({"seed": None}, "seed", "expected `int`, got `null`"),
@@ -133,6 +185,35 @@ def test_wrong_type_or_range_names_the_setting_and_what_was_expected(
 ) -> None:
     line = refusal(settings)
     assert line.startswith(f"{name}: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (4096, 4096),
+        ("4096", 4096),
+        ("4KiB", 4096),
+        (" 1.5 MiB ", 3 * 2**19),
+        ("2gib", 2**31),
+        ("500MB", 500_000_000),
+        ("1kB", 1000),
+        ("2GB", 2 * 10**9),
+    ],
+)
+def test_amounts_of_memory_have_units(given: str | int, found: int) -> None:
+    assert parse_bytes(given, what="kv_cache_memory") == found
+    assert make_config({"kv_cache_memory": given}).kv_cache_memory == given
+
+
+@pytest.mark.parametrize("given", ["4 apples", "GiB", "", "1.2.3MiB", "-1GiB", 0, -5, "0", "nan"])
+def test_what_is_no_amount_of_memory_is_refused(given: str | int) -> None:
+    line = refusal({"kv_cache_memory": given})
+    assert line == f"kv_cache_memory must be a number of bytes like 4GiB, found {given!r}"
+
+
+def test_shortest_suffix_cannot_be_longer_than_the_longest() -> None:
+    line = refusal({"speculative_config": {"prompt_lookup_min": 5, "prompt_lookup_max": 4}})
+    assert line == "prompt_lookup_min must be at most prompt_lookup_max"
 
 
 def test_one_process_cannot_hold_two_ranks() -> None:
@@ -189,6 +270,12 @@ def test_wider_of_target_and_drafter_is_the_world(
     config = EngineConfig(tensor_parallel_size=target, speculative_config=spec)
     assert config.world_size == world
     assert config.draft_size == (drafter or target)
+
+
+def test_drafting_without_a_model_needs_no_rank() -> None:
+    spec = SpeculativeConfig(method="ngram", draft_tensor_parallel_size=4)
+    config = EngineConfig(tensor_parallel_size=2, speculative_config=spec)
+    assert (config.draft_size, config.world_size) == (0, 2)
 
 
 def test_config_cannot_be_changed() -> None:
@@ -248,7 +335,7 @@ def test_missing_yaml_is_named(tmp_path: Path) -> None:
 def fields() -> list[Any]:
     return [
         pytest.param(struct, field, id=f"{struct.__name__}.{field.name}")
-        for struct in (EngineConfig, SpeculativeConfig, SamplingParams)
+        for struct in (EngineConfig, SpeculativeConfig, ServerConfig, SamplingParams)
         for field in msgspec.structs.fields(struct)
     ]
 
@@ -291,5 +378,5 @@ def test_help_says_what_every_setting_does(
         info = inspect.type_info(field.type)
         assert isinstance(info, inspect.Metadata)
         description = (info.extra_json_schema or {})["description"]
-        if (struct, field.name) != (SamplingParams, "seed"):  # --seed is the engine's
+        if (struct, field.name) not in NO_FLAGS:
             assert " ".join(description.split()) in shown

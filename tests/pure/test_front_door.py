@@ -9,7 +9,7 @@ import pytest
 
 import paceline
 
-HEAVY = ("torch", "ray", "transformers", "numpy", "deepspeed")
+HEAVY = ("torch", "ray", "transformers", "numpy", "deepspeed", "fastapi", "grpc")
 
 
 def loaded_by(module: str) -> set[str]:
@@ -31,6 +31,12 @@ def loaded_by(module: str) -> set[str]:
         "paceline.runtime.engine",
         "paceline.runtime.executor",
         "paceline.runtime.channel",
+        "paceline.runtime.link",
+        "paceline.runtime.engine_loop",
+        "paceline.runtime.events",
+        "paceline.runtime.client",
+        "paceline.runtime.sampling.params",
+        "paceline.runtime.spec.ngram",
         "paceline.runtime.schedule.scheduler",
         "paceline.runtime.spec.tree",
         "paceline.runtime.spec.calibrate",
@@ -50,7 +56,16 @@ def test_coordinator_loads_ray_but_not_torch() -> None:
 
 
 def test_public_names_change_only_on_purpose() -> None:
-    assert paceline.__all__ == ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+    assert paceline.__all__ == [
+        "LLM",
+        "AsyncClient",
+        "Client",
+        "CompletionOutput",
+        "RequestOutput",
+        "SamplingParams",
+        "StructuredOutputs",
+        "__version__",
+    ]
 
 
 @pytest.mark.parametrize("name", paceline.__all__)

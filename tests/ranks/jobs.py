@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.paged import Place, ScatteredBlocks
 
 from paceline.parallel.layer import exact_groups
 from paceline.parallel.mesh import Mesh
-from paceline.parallel.tensor import best_one, best_two, gather_vocabulary
+from paceline.parallel.tensor import best, gather_vocabulary
 from paceline.runtime.config import make_config
-from paceline.runtime.engine import Engine, make_scheduler
-from paceline.runtime.loading import load_drafter
+from paceline.runtime.engine import Engine
+from paceline.runtime.loading import load
 from paceline.runtime.local import InProcess
 from paceline.runtime.models.arch import read_architecture
 from paceline.runtime.models.llama import load_decoder
 from paceline.runtime.models.model import Model
 from paceline.runtime.models.weights import Checkpoint
+from paceline.runtime.schedule.scheduler import make_scheduler
 from paceline.runtime.types import Request, SamplingParams
 from paceline.runtime.worker import Worker
 
 LONGEST = 256
+NUM_BLOCKS = 16
 
 
 def logits(mesh: Mesh, folder: str, token_ids: list[int], chunks: list[int]) -> list[list[float]]:
@@ -36,13 +39,19 @@ def logits(mesh: Mesh, folder: str, token_ids: list[int], chunks: list[int]) -> 
         device=mesh.device,
     )
     model = Model(
-        decoder, num_regions=1, max_len=LONGEST, kv_dtype=torch.float32, device=mesh.device
+        decoder,
+        num_blocks=NUM_BLOCKS,
+        block_size=16,
+        max_len=LONGEST,
+        kv_dtype=torch.float32,
+        device=mesh.device,
     )
+    place = Place(ScatteredBlocks(NUM_BLOCKS))
     rows, start = [], 0
     with torch.inference_mode():
         for size in chunks:
             ids = model.tokens(token_ids[start : start + size])
-            h = decoder.exact(model.rows(ids, start=start, region=0))
+            h = decoder.exact(model.rows(ids, [place.segment(start=start, num_rows=size)]))
             rows.append(
                 gather_vocabulary(
                     decoder.logits(h), axis=decoder.axis, widths=decoder.vocabulary_widths
@@ -63,15 +72,18 @@ def grouped_logits(
             "speculative_config": {"model": folder, "dtype": "float32", **speculative},
         }
     )
-    drafter = load_drafter(config, mesh, num_regions=1)
+    drafter = load(config, mesh).draft_model
     if drafter is None:
         return []
     model, decoder = drafter.model, drafter.model.decoder
+    place = Place(ScatteredBlocks(NUM_BLOCKS))
     found = []
     with torch.inference_mode():
-        decoder.exact(model.rows(model.tokens(prompt), start=0, region=0))
+        whole = place.segment(start=0, num_rows=len(prompt))
+        decoder.exact(model.rows(model.tokens(prompt), [whole]))
         for offset, token_id in enumerate(token_ids):
-            rows = model.rows(model.tokens([token_id]), start=len(prompt) + offset, region=0)
+            one = place.segment(start=len(prompt) + offset, num_rows=1)
+            rows = model.rows(model.tokens([token_id]), [one])
             part = decoder.logits(drafter._layer_parallel.grouped(rows))
             found.append(
                 gather_vocabulary(part, axis=decoder.axis, widths=decoder.vocabulary_widths)[0]
@@ -91,14 +103,16 @@ def generate(
         }
         settings = {**settings, "speculative_config": speculative}
     config = make_config({**settings, **sizes})
-    scheduler = make_scheduler(config, max_model_len=LONGEST)
-    engine = Engine(scheduler, InProcess(Worker(config, mesh)))
+    worker = Worker(config, mesh)
+    scheduler = make_scheduler(config, max_model_len=LONGEST, num_blocks=worker.num_blocks)
+    engine = Engine(scheduler, InProcess(worker))
     requests = [
         Request(
             request_id=str(number),
             prompt_token_ids=tuple(prompt),
             params=params,
             seed=(params.seed or 0) + number,
+            max_tokens=params.max_tokens or LONGEST - len(prompt),
         )
         for number, prompt in enumerate(prompts)
     ]
@@ -111,6 +125,7 @@ def generate(
             texts[delta.request_id]["token_ids"] += delta.token_ids
             texts[delta.request_id]["accepted"] += delta.num_accepted
         scheduler.check()
+    assert scheduler.status().num_free_blocks == worker.num_blocks
     return list(texts.values())
 
 
@@ -131,12 +146,19 @@ def collectives(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def best_of_ties(mesh: Mesh) -> tuple[list[int], list[float]]:
+def best_of_ties(mesh: Mesh) -> list[int]:
     """Rows whose best logits are equal, within a rank and across ranks."""
     row = torch.tensor([[0.0, 3.0, 1.0, 3.0], [5.0, 1.0, 5.0, 5.0], [0.0, 1.0, 2.0, 4.0]])
-    here = row.chunk(mesh.world.size, dim=1)[mesh.rank]
+    here = row.chunk(mesh.world.size, dim=1)[mesh.rank].contiguous()
     offset = mesh.rank * here.shape[1]
-    ids, margins = best_two(here.contiguous(), offset=offset, axis=mesh.world)
-    alone = [best_one(one[None], offset=offset, axis=mesh.world) for one in here.contiguous()]
-    assert torch.equal(ids, torch.cat(alone))
-    return ids.tolist(), margins.tolist()
+    together = best(here, offset=offset, axis=mesh.world).tolist()
+    alone = [int(best(one[None], offset=offset, axis=mesh.world)) for one in here]
+    assert together == alone
+    return [int(token_id) for token_id in together]
+
+
+def num_blocks(mesh: Mesh, settings: dict[str, Any]) -> int:
+    """The KV blocks that ranks of unequal memory agree on: the later the rank, the less it has."""
+    unequal = {**settings, "kv_cache_memory": 10**6 // (1 + mesh.rank)}
+    config = make_config({**unequal, "tensor_parallel_size": mesh.target.size})
+    return load(config, mesh).num_blocks

@@ -10,7 +10,7 @@ import pytest
 from tests.ranks import jobs
 from tests.ranks.pool import RankPool
 
-from paceline.runtime.types import SamplingParams
+from paceline.runtime.types import KvPolicyName, SamplingParams
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -23,7 +23,13 @@ def settings(tiny: Callable[..., Path], **speculative: Any) -> dict[str, Any]:
     return {
         "model": str(tiny(seed=0)),
         "dtype": "float32",
-        "speculative_config": {"model": drafter, "num_speculative_tokens": 4, **speculative},
+        "max_num_seqs": 8,
+        "speculative_config": {
+            "model": drafter,
+            "num_speculative_tokens": 4,
+            "draft_length": "fixed",
+            **speculative,
+        },
     }
 
 
@@ -90,3 +96,41 @@ def test_sampled_text_depends_on_the_seed_not_on_the_number_of_ranks(
     alone = two_ranks.run(jobs.generate, given, PROMPTS[:1], SAMPLED)[0]
     assert texts(two) == texts(four)
     assert texts(alone)[0] == texts(two)[0]
+
+
+@pytest.mark.parametrize("verification", ["coupled", "rejection"])
+@pytest.mark.parametrize("method", ["draft_model", "combined"])
+def test_every_rank_follows_the_one_that_decides(
+    tiny: Callable[..., Path], two_ranks: RankPool, method: str, verification: str
+) -> None:
+    """Penalties and log-probabilities are known to rank 0 alone."""
+    params = SamplingParams(
+        temperature=0.9, max_tokens=12, seed=3, logprobs=1, presence_penalty=0.5
+    )
+    given = settings(tiny, layer_parallel_size=2, method=method, verification=verification)
+    found = two_ranks.run(jobs.generate, given, PROMPTS, params)
+    assert texts(found[0]) == texts(found[1])
+    if verification == "coupled":
+        expected = two_ranks.run(jobs.generate, plain(tiny), PROMPTS, params)[0]
+        assert texts(found[0]) == texts(expected)
+
+
+@pytest.mark.parametrize("kv_policy", ["full", "sink_window"])
+def test_preempted_requests_keep_their_texts_on_two_ranks(
+    tiny: Callable[..., Path], two_ranks: RankPool, kv_policy: KvPolicyName
+) -> None:
+    params = SamplingParams(temperature=0.9, max_tokens=90, seed=3, kv_policy=kv_policy)
+    prompts = [[i, *range(40)] for i in range(6)]
+    given = {**settings(tiny, layer_parallel_size=2), "kv_window": 64}
+    small = {**given, "kv_cache_memory": 300_000}
+    expected = two_ranks.run(jobs.generate, given, prompts, params)[0]
+    found = two_ranks.run(jobs.generate, small, prompts, params)[0]
+    assert texts(found) == texts(expected)
+
+
+def test_ranks_agree_on_the_blocks_that_fit_the_smallest(
+    tiny: Callable[..., Path], two_ranks: RankPool
+) -> None:
+    # this rank's part of 6 layers: one KV head each, keys and values of 8 floats, 16 tokens
+    each = 6 * 1 * 2 * 8 * 4 * 16
+    assert two_ranks.run(jobs.num_blocks, plain(tiny)) == [500_000 // each] * 2

@@ -47,7 +47,11 @@ def pair_flags(tiny: Callable[..., Path], tmp_path: Path) -> list[str]:
     prompts = tmp_path / "prompts.jsonl"
     lines = [[3, 1, 4, 1, 5], [9, 2, 6]]
     prompts.write_text("".join(json.dumps({"prompt_token_ids": ids}) + "\n" for ids in lines))
-    speculative = {"model": str(tiny(seed=0, noise=0.03)), "layer_parallel_size": 2}
+    speculative = {
+        "model": str(tiny(seed=0, noise=0.03)),
+        "layer_parallel_size": 2,
+        "draft_length": "fixed",
+    }
     flags = {
         "--prompts-file": str(prompts),
         "--model": str(tiny(seed=0)),

@@ -93,15 +93,17 @@ def test_a_killed_shard_is_an_error_not_a_hang(pair_flags: list[str]) -> None:
         tensor_parallel_size=2,
         speculative_config=json.loads(given["--speculative-config"]),
     ) as llm:
-        requests = llm.requests(
+        jobs = llm.jobs(
             [{"prompt_token_ids": [1, 2, 3]}] * 50,
             SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True),
         )
-        stream = llm.stream(requests)
+        stream = llm.stream(jobs)
         next(stream)
         _kill_one_shard()
+        killed_s = time.monotonic()
         with pytest.raises(EngineError, match=r"rank [01] died"):
             list(stream)
+        assert time.monotonic() - killed_s < 30
 
 
 def _kill_one_shard() -> None:

@@ -1,0 +1,191 @@
+"""The kernels of `cpu_kernels.cpp`: built once per machine, loaded with ctypes, absent without a
+compiler.
+
+Everything they compute can also be computed with torch alone, several times slower; each caller
+holds both forms side by side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno")
+BUILD_TIMEOUT_S = 120.0
+
+_P, _I, _F, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
+_FUNCTIONS = {
+    "attend": (
+        ("f32_f32_f32", "f32_f32_bf16", "f32_bf16_bf16", "bf16_f32_bf16", "bf16_bf16_bf16"),
+        (_P, _P, _P, _L, _L, _L, _I, _I, _I, _F, _P),
+    ),
+    "add_rms": (("f32", "bf16", "f32_bf16"), (_P, _P, _I, _I, _F, _P)),
+    "swiglu": (("f32", "bf16"), (_P, _I, _I, _P)),
+}
+"""The forms each comes in, by the dtypes it reads and writes, and its arguments."""
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class Pass(ctypes.Structure):
+    """The C struct of the same name: one packed pass. Whoever fills it keeps the arrays alive."""
+
+    _fields_ = (
+        ("num_rows", ctypes.c_int32),
+        ("num_segments", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("row_starts", _P),
+        ("ends", _P),
+        ("sinks", _P),
+        ("windows", _P),
+        ("tables", _P),
+        ("cos", _P),
+        ("sin", _P),
+        ("sink_cos", _P),
+        ("sink_sin", _P),
+    )
+
+
+class Kernels:
+    """The loaded library. Tensors must be contiguous, on the CPU, float32 or bfloat16."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._attend, self._add_rms, self._swiglu = (
+            {form: _function(library, f"{name}_{form}", signature) for form in forms}
+            for name, (forms, signature) in _FUNCTIONS.items()
+        )
+
+    def attend(
+        self,
+        given: Pass,
+        qkv: Tensor,  # [T, U, G+2, D]
+        blocks: Tensor,  # [blocks, I, U, 2*16*D], strided
+        *,
+        queries: int,
+        window: int | None,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Rotate, write keys and values, and attend: `[T, U*G*D]` in `dtype`."""
+        num_units = blocks.shape[2]
+        context = torch.empty((given.num_rows, num_units * queries * given.head_dim), dtype=dtype)
+        self._attend[f"{_NAMES[qkv.dtype]}_{_NAMES[blocks.dtype]}_{_NAMES[dtype]}"](
+            ctypes.addressof(given),
+            qkv.data_ptr(),
+            blocks.data_ptr(),
+            blocks.stride(0),
+            blocks.stride(1),
+            blocks.stride(2),
+            num_units,
+            queries,
+            window or 0,
+            scale,
+            context.data_ptr(),
+        )
+        return context
+
+    def add_rms(
+        self, h_TE: Tensor, delta_TE: Tensor | None, *, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        """Add delta to h in place; h over its root mean square, `[T, E]` in `dtype`."""
+        out = torch.empty(h_TE.shape, dtype=dtype)
+        given = dtype if delta_TE is None else delta_TE.dtype
+        rows, width = h_TE.shape
+        self._add_rms[_form(given, dtype)](
+            h_TE.data_ptr(),
+            None if delta_TE is None else delta_TE.data_ptr(),
+            rows,
+            width,
+            eps,
+            out.data_ptr(),
+        )
+        return out
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """`silu(gate) * up` for `[..., 2*F]`, gates first."""
+        shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        out = torch.empty(shape, dtype=gate_up.dtype)
+        self._swiglu[_NAMES[gate_up.dtype]](
+            gate_up.data_ptr(), out.numel() // shape[-1], shape[-1], out.data_ptr()
+        )
+        return out
+
+
+def supports(device: torch.device, *dtypes: torch.dtype, head_dim: int = 16) -> bool:
+    """Whether the kernels can do it."""
+    return device.type == "cpu" and all(d in _NAMES for d in dtypes) and head_dim <= 256
+
+
+@functools.cache
+def load_kernels() -> Kernels | None:
+    """The kernels, compiled on first use (two seconds); None, said once, where they cannot be."""
+    try:
+        path = _library_path()
+        if not path.exists():
+            _build(path)
+        return Kernels(ctypes.CDLL(str(path)))
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        logger.warning("no compiled CPU kernels (%s); using torch, which is slower", error)
+        return None
+
+
+def _library_path() -> Path:
+    """One file per source, flags and processor."""
+    facts = (SOURCE.read_bytes(), " ".join(FLAGS), platform.processor(), _cpu_flags())
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "paceline" / f"cpu_kernels-{name}.so"
+
+
+def _cpu_flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _build(path: Path) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # ranks may build at once
+        made = Path(folder) / path.name
+        command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(made), str(SOURCE)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
+        )
+        if done.returncode != 0:
+            raise OSError((done.stderr.strip().splitlines() or ["compiler failed"])[0])
+        made.replace(path)
+
+
+def _form(given: torch.dtype, dtype: torch.dtype) -> str:
+    return _NAMES[dtype] if given == dtype else f"{_NAMES[given]}_{_NAMES[dtype]}"
+
+
+def _function(library: ctypes.CDLL, name: str, signature: tuple[type, ...]) -> Callable[..., None]:
+    function = getattr(library, name)
+    function.argtypes, function.restype = signature, None
+    return function  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    load_kernels()

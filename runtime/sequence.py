@@ -1,0 +1,58 @@
+"""One request on one rank: its committed tokens, its KV blocks, and how far both models have read
+it.
+
+    committed tokens   0 ............. seen ............... len(token_ids)
+                       |-- in the target's KV --|-- to be fed --|
+
+Every rank holds the same, except for what only the deciding rank needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+
+from paceline.runtime.inputs import Segment
+from paceline.runtime.kv.pool import BlockTable
+from paceline.runtime.sampling.batch import SampleState
+from paceline.runtime.spec.calibrate import DraftRows
+from paceline.runtime.spec.ngram import NgramIndex
+from paceline.runtime.types import Request
+
+
+@dataclass(slots=True, kw_only=True)
+class Sequence:
+    """Made when a request is first scheduled, and again when it comes back after a preemption."""
+
+    request: Request
+    token_ids: list[int]
+    seen: int
+    draft_rows: DraftRows
+    sinks: int = 0
+    window: int = 0
+    """What its KV policy keeps; window 0: everything."""
+    table: BlockTable = field(default_factory=BlockTable)
+    ngrams: NgramIndex | None = None
+    """Where the n-gram drafter is used."""
+    sample: SampleState | None = None
+    """On the rank that decides."""
+    error: str | None = None
+    """Why it cannot be served, found where its tokens are chosen."""
+
+    def segment(self, *, start: int, num_rows: int) -> Segment:
+        """Rows from position `start` on."""
+        return Segment(
+            num_rows=num_rows,
+            end=start + num_rows,
+            table=self.table,
+            sinks=self.sinks,
+            window=self.window,
+        )
+
+    def commit(self, token_ids: Tokens[int]) -> None:
+        """Append what a round emitted."""
+        self.token_ids.extend(token_ids)
+        if self.ngrams is not None:
+            self.ngrams.extend(token_ids)
+        if self.sample is not None:
+            self.sample.commit(token_ids)
