@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 READY := $(VENV)/.ready
-BENCHES := speculation layer_parallel startup
+BENCHES := speculation layer_parallel startup scheduler serve
 
 .PHONY: setup demo test check bench proto clean
 
@@ -18,11 +18,12 @@ $(READY): constraints.txt pyproject.toml
 	$(PIP) install -c constraints.txt --no-build-isolation deepspeed
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(PY) -m paceline.parallel.collectives
+	$(PY) -m paceline.runtime.layers.cpu_kernels
 	touch $@
 
 # float32, so that the texts can be compared token by token: see the README on near-ties in bfloat16
 demo: setup
-	$(VENV)/bin/paceline generate --compare --dtype float32 --max-tokens 96 --prompts-file deploy/configs/demo-prompts.jsonl
+	$(VENV)/bin/paceline generate --compare --dtype float32 --max-tokens 96 --max-num-seqs 1 --prompts-file deploy/configs/demo-prompts.jsonl
 
 test: setup
 	$(PY) -m pytest
@@ -36,8 +37,9 @@ check: setup
 bench: setup
 	for name in $(BENCHES); do $(PY) -m benchmarks.$$name --output benchmarks/results/$$name.json || exit 1; done
 
-proto:
-	@echo "no .proto files yet: the gRPC front end and KV transfer bring them"
+# inside .src, so that generated code imports its neighbours as paceline.proto
+proto: setup
+	cd .src && ../$(PY) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. paceline/proto/*.proto
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,24 +1,31 @@
-"""The command line: `paceline generate` and `paceline check-lossless`.
+"""The command line: `paceline serve`, `generate` and `check-lossless`.
 
-Flags are the fields of `EngineConfig` and `SamplingParams`, so that they are written once. Exit
-codes: 0 done, 1 the engine failed or a check did, 2 the user can mend it, 130 interrupted.
+Flags are the fields of `EngineConfig`, `ServerConfig` and `SamplingParams`, so that they are written
+once. Exit codes: 0 done, 1 the engine failed or a check did, 2 the user can mend it, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_args
 
 import msgspec
 
-from paceline.runtime.config import EngineConfig, read_yaml, readable, reject_unknown
+from paceline.runtime.config import (
+    EngineConfig,
+    ServerConfig,
+    read_yaml,
+    readable,
+    reject_unknown,
+)
 from paceline.runtime.errors import ConfigError, PacelineError, UserError
 from paceline.runtime.llm import LLM
-from paceline.runtime.sampling.filters import validate
+from paceline.runtime.sampling.params import validate
 from paceline.runtime.types import SamplingParams
 
 EMBEDDED_DEFAULTS: dict[str, Any] = {
@@ -73,20 +80,23 @@ def open_llm(settings: dict[str, Any]) -> Iterator[LLM]:
         yield llm
 
 
-def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Flags over the config file over the embedded pair's defaults."""
+def engine_settings(args: argparse.Namespace, *, spare_cores: int = 0) -> dict[str, Any]:
+    """Flags over the config file over the embedded pair's defaults, which leave `spare_cores` to
+    others."""
     given = {
         name: value
         for name, value in vars(args).items()
         if name in EngineConfig.__struct_fields__ and value is not None
     }
     file = read_yaml(args.config) if args.config else {}
-    known = (*EngineConfig.__struct_fields__, *SamplingParams.__struct_fields__)
+    structs = (EngineConfig, ServerConfig, SamplingParams)
+    known = tuple(name for struct in structs for name in struct.__struct_fields__)
     reject_unknown(file, known, what=f"key in {args.config}")
     settings = {k: v for k, v in file.items() if k in EngineConfig.__struct_fields__} | given
     if "model" not in settings:
         settings = EMBEDDED_DEFAULTS | settings
-        one = settings.get("distributed_executor_backend") == "uni" or os.cpu_count() == 1
+        cores = (os.cpu_count() or 1) - spare_cores
+        one = settings.get("distributed_executor_backend") == "uni" or cores < 2
         settings.setdefault("tensor_parallel_size", 1 if one else 2)
     return settings
 
@@ -95,9 +105,14 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """Flags over the config file. The command line is greedy unless told otherwise."""
     file = read_yaml(args.config) if args.config else {}
     fields = SamplingParams.__struct_fields__
-    values = {"temperature": 0.0, "max_tokens": 128}
+    values: dict[str, Any] = {"temperature": 0.0, "max_tokens": 128}
     values |= {key: value for key, value in file.items() if key in fields}
     values |= {k: v for k, v in vars(args).items() if k in fields and v is not None}
+    if values.get("n", 1) != 1:
+        raise ConfigError("n: a command line shows one text per prompt")
+    for name in ("logit_bias", "structured_outputs"):
+        if isinstance(values.get(name), str):
+            values[name] = _json_object(values[name], what=name)
     try:
         params = msgspec.convert(values, SamplingParams, strict=False)
     except msgspec.ValidationError as error:
@@ -107,21 +122,23 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from paceline.actors.commands import check_lossless, generate
+    from paceline.actors.commands import check_lossless, generate, serve
 
     parser = _Parser(prog="paceline", description="Lossless speculative decoding on Ray.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for command in (generate, check_lossless):
-        sub = commands.add_parser(command.NAME, help=command.__doc__, description=command.__doc__)
+    for command in (serve, generate, check_lossless):
+        first_line = str(command.__doc__).splitlines()[0]
+        sub = commands.add_parser(command.NAME, help=first_line, description=first_line)
         command.add_arguments(sub)
         engine = sub.add_argument_group("engine")
         engine.add_argument(
             "--config", metavar="FILE.yaml", help="All of these flags, as a mapping."
         )
         _add_fields(engine, EngineConfig, skip=command.POSITIONAL)
-        _add_fields(
-            sub.add_argument_group("sampling"), SamplingParams, skip=("seed",)
-        )  # --seed is the engine's
+        if command is serve:
+            _add_fields(sub.add_argument_group("server"), ServerConfig, skip=())
+        else:  # --seed is the engine's; a command line shows one text per prompt
+            _add_fields(sub.add_argument_group("sampling"), SamplingParams, skip=("seed", "n"))
         sub.set_defaults(run=command.run)
     return parser
 
@@ -144,7 +161,7 @@ def _add_fields(
             )
         else:
             choices = get_args(kind) if str(kind).startswith("typing.Literal") else None
-            parse = kind if kind in (int, float) else _token_list if kind is tuple else str
+            parse = _PARSERS.get(kind, str)
             group.add_argument(
                 flag,
                 type=parse,
@@ -181,6 +198,16 @@ def _literal(values: tuple[Any, ...]) -> Any:
     return Literal[values]
 
 
+def _json_object(text: str, *, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{what} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{what} must be a JSON object, found {text!r}")
+    return value
+
+
 def _token_list(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part)
@@ -188,3 +215,11 @@ def _token_list(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(
             f"expected ids with commas between, found {text!r}"
         ) from None
+
+
+_PARSERS: dict[type, Callable[[str], Any]] = {
+    int: int,
+    float: float,
+    tuple: _token_list,
+}
+"""How a flag's text becomes a value; texts stay as they are, JSON among them."""

@@ -9,18 +9,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paceline.runtime.llm import LLM, RequestOutput
-    from paceline.runtime.types import SamplingParams
+    from paceline.runtime.client import AsyncClient, Client
+    from paceline.runtime.llm import LLM
+    from paceline.runtime.outputs import CompletionOutput, RequestOutput
+    from paceline.runtime.types import SamplingParams, StructuredOutputs
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "paceline.runtime.llm",
-    "RequestOutput": "paceline.runtime.llm",
+    "AsyncClient": "paceline.runtime.client",
+    "Client": "paceline.runtime.client",
+    "CompletionOutput": "paceline.runtime.outputs",
+    "RequestOutput": "paceline.runtime.outputs",
     "SamplingParams": "paceline.runtime.types",
+    "StructuredOutputs": "paceline.runtime.types",
 }
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncClient",
+    "Client",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

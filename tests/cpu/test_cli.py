@@ -70,7 +70,12 @@ def arguments(target: Path, prompts: Path) -> list[str]:
 @pytest.fixture
 def speculation(drafter: Path) -> list[str]:
     """Flags that add a layer-parallel drafter."""
-    spec = {"model": str(drafter), "layer_parallel_size": 2, "num_speculative_tokens": 3}
+    spec = {
+        "model": str(drafter),
+        "layer_parallel_size": 2,
+        "num_speculative_tokens": 3,
+        "draft_length": "fixed",
+    }
     return ["--speculative-config", json.dumps(spec)]
 
 

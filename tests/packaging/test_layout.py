@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("runtime", "actors", "parallel", "proto")
 EMBEDDED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+READ_AT_RUN_TIME = {"runtime/layers/cpu_kernels.cpp", "actors/frontends/page.html"}
+"""Files that are no Python and that the package needs."""
 TALKS_TO_TORCH_DISTRIBUTED = {"parallel/collectives.py", "parallel/launch.py"}
 
 
@@ -94,6 +96,20 @@ def test_only_collectives_and_launch_talk_to_torch_distributed_and_deepspeed() -
     assert found == TALKS_TO_TORCH_DISTRIBUTED
 
 
+def test_only_the_ends_of_grpc_import_proto() -> None:
+    found = offenders({"paceline.proto"}, sources("runtime", "actors", "parallel"))
+    assert {
+        path
+        for path in found
+        if not path.startswith("runtime/client/") and path != "actors/frontends/grpc.py"
+    } == set()
+
+
+@pytest.mark.parametrize("package", ["pickle", "cloudpickle", "dill", "marshal", "shelve"])
+def test_nothing_is_unpickled(package: str) -> None:
+    assert offenders({package}, sources(*OURS)) == set()
+
+
 def test_only_actors_import_ray() -> None:
     found = offenders({"ray"}, sources("runtime", "parallel"))
     assert found == set()
@@ -130,6 +146,10 @@ def test_wheel_holds_every_source_file(wheel: set[str]) -> None:
     wanted = {f"paceline/{path.relative_to(ROOT)}" for path in sources(*OURS)}
     assert "paceline/runtime/engine.py" in wanted
     assert wanted <= wheel
+
+
+def test_wheel_holds_what_is_read_at_run_time(wheel: set[str]) -> None:
+    assert {path for path in READ_AT_RUN_TIME if f"paceline/{path}" not in wheel} == set()
 
 
 def test_wheel_holds_the_front_door(wheel: set[str]) -> None:

@@ -1,0 +1,331 @@
+"""What Prometheus scrapes: the counters, gauges and histograms of one served engine.
+
+    on_status(EngineStatus) ──┐                                   ┌──> paceline:NAME
+    on_delta, on_finished ────┼──> plain numbers ── on a scrape ──┤
+                              │    (one writer)                   └──> vllm:NAME, if asked
+
+Names, labels and edges are those of vLLM, whose dashboards and autoscalers people already have: the
+edges as in vLLM 0.11, where inter_token_latency_seconds got its name, and the same since. Where
+vLLM's finest bucket holds nearly all that Paceline does, ours adds edges below it; each of vLLM's
+is also one of ours, so both names are views of one set of counts.
+
+Counts live in lists of our own and become metric families when somebody scrapes: to record a value
+is a bisection and an addition, with no lock. All `on_` methods belong to one thread; `exposition`
+may be called from any.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+from typing import TYPE_CHECKING, get_args
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from paceline.runtime.events import decode_s, prefill_s, queue_s, time_per_output_token_s
+from paceline.runtime.types import EngineStatus, FinishReason
+
+if TYPE_CHECKING:
+    from paceline.runtime.async_llm import RequestRecord
+
+PREFIX, VLLM_PREFIX = "paceline:", "vllm:"
+LABELS = ("model_name", "engine")
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# seconds
+FIRST_TOKEN_EDGES = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_EDGES = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0),
+)
+REQUEST_EDGES = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0),
+    *(240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+FINE_TOKEN_EDGES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.003, 0.004, 0.005, 0.006, 0.0075)
+FINE_REQUEST_EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
+STAGE_EDGES = (
+    *(0.0001, 0.0002, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01),
+    *(0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+# counts
+POWERS_OF_TWO = tuple(2.0**power for power in range(15))
+DRAFT_LENGTH_EDGES = (*map(float, range(17)), 20.0, 24.0, 32.0, 48.0, 64.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """A counter that follows one of the engine's totals."""
+
+    name: str
+    field: str
+    """Of `EngineStatus`."""
+    text: str
+
+
+TOTALS = (
+    Total(name="num_preemptions", field="num_preemptions", text="Requests preempted."),
+    Total(name="prompt_tokens", field="prompt_tokens", text="Prompt tokens computed."),
+    Total(name="generation_tokens", field="generation_tokens", text="Tokens generated."),
+    Total(
+        name="prefix_cache_queries",
+        field="prefix_queries",
+        text="Prompt tokens looked up in the prefix cache.",
+    ),
+    Total(
+        name="prefix_cache_hits",
+        field="prefix_hits",
+        text="Prompt tokens found in the prefix cache.",
+    ),
+    Total(name="spec_decode_num_drafts", field="num_drafts", text="Rounds that drafted."),
+    Total(name="spec_decode_num_draft_tokens", field="drafted", text="Tokens drafted."),
+    Total(
+        name="spec_decode_num_accepted_tokens", field="accepted", text="Drafted tokens accepted."
+    ),
+)
+
+FALLS_ON_RESTART = ("num_steps", *(total.field for total in TOTALS))
+
+
+class Distribution:
+    """A histogram's counts: entry i of `counts` is of values in (edges[i-1], edges[i]], the last
+    of those above."""
+
+    __slots__ = ("coarse", "counts", "edges", "name", "sum", "text")
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        edges: Iterable[float],
+        text: str,
+        coarse: tuple[float, ...] | None = None,
+    ) -> None:
+        """`coarse` are those of the edges that vLLM has, where vLLM has this histogram."""
+        self.name, self.text, self.coarse = name, text, coarse
+        self.edges = tuple(edges)
+        assert all(low < high for low, high in pairwise(self.edges)), f"expected {name} to ascend"
+        assert set(coarse or ()) <= set(self.edges), f"expected vLLM's edges among those of {name}"
+        self.counts = [0] * (len(self.edges) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, *, times: int = 1) -> None:
+        self.counts[bisect_left(self.edges, value)] += times
+        self.sum += value * times
+
+    def family(self, prefix: str, labels: Sequence[str]) -> HistogramMetricFamily:
+        edges = self.coarse if prefix == VLLM_PREFIX and self.coarse else self.edges
+        *below, total = accumulate(self.counts)
+        up_to = dict(zip(self.edges, below, strict=True))
+        buckets = [(repr(edge), float(up_to[edge])) for edge in edges] + [("+Inf", float(total))]
+        family = HistogramMetricFamily(prefix + self.name, self.text, labels=LABELS)
+        family.add_metric(labels, buckets, self.sum)
+        return family
+
+
+def _request_latency(name: str, *, text: str) -> Distribution:
+    edges = (*FINE_REQUEST_EDGES, *REQUEST_EDGES)
+    return Distribution(name, edges=edges, coarse=REQUEST_EDGES, text=text)
+
+
+class Metrics(Collector):
+    """One engine's metrics, in a registry of their own: several may live in one process."""
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        version: str,
+        engine: str = "0",
+        num_speculative_tokens: int = 0,
+        vllm_names: bool = False,
+    ) -> None:
+        """`num_speculative_tokens` positions exist from the start, so that a rate over the first
+        acceptance is right."""
+        self._labels = (model_name, engine)
+        self._version = version
+        self._prefixes = (PREFIX, VLLM_PREFIX) if vllm_names else (PREFIX,)
+        self._status = EngineStatus()
+        self._totals = dict.fromkeys((total.field for total in TOTALS), 0)
+        self._accepted_at = [0] * num_speculative_tokens
+        self._ended: dict[str, int] = dict.fromkeys(get_args(FinishReason), 0)
+        fine = (*FINE_TOKEN_EDGES, *TOKEN_EDGES)
+        self.first_token = Distribution(
+            "time_to_first_token_seconds",
+            edges=FIRST_TOKEN_EDGES,
+            coarse=FIRST_TOKEN_EDGES,
+            text="From a request's arrival to its first token.",
+        )
+        self.inter_token = Distribution(
+            "inter_token_latency_seconds",
+            edges=fine,
+            coarse=TOKEN_EDGES,
+            text="Between two deltas of a request; a delta holds every token of its round.",
+        )
+        self.output_token = Distribution(
+            "request_time_per_output_token_seconds",
+            edges=fine,
+            coarse=TOKEN_EDGES,
+            text="A request's decode time over its tokens after the first.",
+        )
+        self.e2e = _request_latency(
+            "e2e_request_latency_seconds", text="From a request's arrival to its end."
+        )
+        self.queue = _request_latency(
+            "request_queue_time_seconds", text="From a request's arrival in the engine to a step."
+        )
+        self.prefill = _request_latency(
+            "request_prefill_time_seconds", text="From a request's first step to its first token."
+        )
+        self.decode = _request_latency(
+            "request_decode_time_seconds", text="From a request's first token to its end."
+        )
+        self.step = Distribution(
+            "step_seconds", edges=STAGE_EDGES, text="From a step's plan to its result."
+        )
+        self.calibration = Distribution(
+            "calibration_seconds",
+            edges=STAGE_EDGES,
+            text="The exact drafting pass of a step, which also gives the first draft.",
+        )
+        self.draft_step = Distribution(
+            "draft_step_seconds", edges=STAGE_EDGES, text="All other drafting passes of a step."
+        )
+        self.verify = Distribution(
+            "verify_seconds", edges=STAGE_EDGES, text="The target's pass of a step, and its check."
+        )
+        self.batch_size = Distribution(
+            "step_batch_size", edges=POWERS_OF_TWO, text="Requests of a step."
+        )
+        self.rows = Distribution(
+            "step_rows", edges=POWERS_OF_TWO, text="Rows of a step's target pass."
+        )
+        self.draft_length = Distribution(
+            "draft_length",
+            edges=DRAFT_LENGTH_EDGES,
+            text="Drafts chosen for a request that drafted.",
+        )
+        self._distributions = tuple(v for v in vars(self).values() if isinstance(v, Distribution))
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:  # noqa: ARG002
+        """What `/metrics` answers, and its content type.
+
+        Prometheus' text, whatever `accept` prefers: in OpenMetrics, prometheus_client 0.26 turns
+        the colon of a sample's name into an underscore, and nobody's dashboard finds it.
+        """
+        return generate_latest(self.registry), CONTENT_TYPE
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family, once per prefix. Called by the registry."""
+        build = GaugeMetricFamily(
+            f"{PREFIX}build_info", "Always 1; says which version runs.", labels=(*LABELS, "version")
+        )
+        build.add_metric((*self._labels, self._version), 1)
+        yield build
+        for prefix in self._prefixes:
+            yield from self._gauges(prefix)
+            yield from self._counters(prefix)
+            for distribution in self._distributions:
+                if prefix == PREFIX or distribution.coarse:
+                    yield distribution.family(prefix, self._labels)
+
+    def _gauges(self, prefix: str) -> Iterator[Metric]:
+        status = self._status
+        used = status.num_blocks - status.num_free_blocks
+        for name, value, text in (
+            ("num_requests_running", status.num_running, "Requests that take part in steps."),
+            ("num_requests_waiting", status.num_waiting, "Requests that wait for their turn."),
+            (
+                "kv_cache_usage_perc",
+                used / status.num_blocks if status.num_blocks else 0.0,
+                "Part of the KV blocks in use; 1 is all.",
+            ),
+        ):
+            gauge = GaugeMetricFamily(prefix + name, text, labels=LABELS)
+            gauge.add_metric(self._labels, value)
+            yield gauge
+
+    def _counters(self, prefix: str) -> Iterator[Metric]:
+        for total in TOTALS:
+            counter = CounterMetricFamily(prefix + total.name, total.text, labels=LABELS)
+            counter.add_metric(self._labels, self._totals[total.field])
+            yield counter
+        counter = CounterMetricFamily(
+            f"{prefix}spec_decode_num_accepted_tokens_per_pos",
+            "Rounds in which the draft at this position was accepted.",
+            labels=(*LABELS, "position"),
+        )
+        for position, accepted in enumerate(self._accepted_at):
+            counter.add_metric((*self._labels, str(position)), accepted)
+        yield counter
+        counter = CounterMetricFamily(
+            f"{prefix}request_success",
+            "Requests that ended, by how.",
+            labels=(*LABELS, "finished_reason"),
+        )
+        for reason, ended in self._ended.items():
+            counter.add_metric((*self._labels, reason), ended)
+        yield counter
+
+    def on_delta(self, record: RequestRecord, *, num_tokens: int, now_s: float) -> None:  # noqa: ARG002
+        """Satisfies `Observer`. The tokens themselves are counted by the engine."""
+        if record.last_token_s is None:
+            self.first_token.observe(now_s - record.arrived_s)
+        else:
+            self.inter_token.observe(now_s - record.last_token_s)
+
+    def on_finished(self, record: RequestRecord) -> None:
+        """Satisfies `Observer`. What never happened to a request is not timed."""
+        self._ended[record.finish_reason or "error"] += 1
+        if record.finished_s is not None:
+            self.e2e.observe(record.finished_s - record.arrived_s)
+        if record.metrics is None:
+            return
+        for distribution, seconds in (
+            (self.queue, queue_s(record.metrics)),
+            (self.prefill, prefill_s(record.metrics)),
+            (self.decode, decode_s(record.metrics)),
+            (self.output_token, time_per_output_token_s(record.metrics)),
+        ):
+            if seconds is not None:
+                distribution.observe(seconds)
+
+    def on_status(self, status: EngineStatus) -> None:
+        """Follow the engine's totals; one that falls is that of an engine started anew, which
+        counts from zero again."""
+        before = self._status
+        if any(getattr(status, field) < getattr(before, field) for field in FALLS_ON_RESTART):
+            before = EngineStatus()
+        self._status = status
+        for field in self._totals:
+            self._totals[field] += getattr(status, field) - getattr(before, field)
+        for position, accepted in enumerate(status.accepted_at_position):
+            if position == len(self._accepted_at):
+                self._accepted_at.append(0)
+            was = before.accepted_at_position[position : position + 1]
+            self._accepted_at[position] += accepted - (was[0] if was else 0)
+        for step in status.steps:
+            times = step.times
+            self.step.observe(step.seconds)
+            self.batch_size.observe(step.num_requests)
+            self.rows.observe(step.num_rows)
+            if times.verify_ms:
+                self.verify.observe(times.verify_ms / 1e3)
+            if times.calibrate_ms:
+                self.calibration.observe(times.calibrate_ms / 1e3)
+            if times.draft_ms:
+                self.draft_step.observe(times.draft_ms / 1e3)
+        lengths = Counter(chain.from_iterable(step.draft_lengths for step in status.steps))
+        for length, times_chosen in lengths.items():
+            self.draft_length.observe(length, times=times_chosen)

@@ -1,0 +1,141 @@
+"""`paceline serve` as a process: it says when it is ready, drains when it is told to stop. The engine
+is a fake."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOON_S = 20.0
+
+PROGRAM = """
+import sys, tempfile, threading
+from pathlib import Path
+from paceline.actors import cli
+from paceline.actors.commands import serve
+from tests.engines import FakeEngine, fake_facts
+
+engine = FakeEngine(step_s=0.03)
+if "--lose" in sys.argv:
+    sys.argv.remove("--lose")
+    threading.Timer(1.0, engine.fail, ["rank 0 died"]).start()
+facts = fake_facts(Path(tempfile.mkdtemp()))
+serve.examine = lambda config: facts
+serve._connect = lambda config, facts: engine
+code = cli.main(["serve", *sys.argv[1:]])
+assert engine.closed or code == 2, "the engine must be closed"
+sys.exit(code)
+"""
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """`start(*flags)`: the command as a process, which does not outlive the test."""
+    with contextlib.ExitStack() as stack:
+
+        def call(*flags: str) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, *flags],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": f"{ROOT / '.src'}{os.pathsep}{ROOT}"},
+            )
+            stack.callback(process.kill)
+            return process
+
+        yield call
+
+
+def url_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    ready = re.match(r"paceline: embedded is ready at (http://\S+)", line)
+    assert ready, f"{line!r} {process.communicate(timeout=SOON_S)}"
+    return ready[1]
+
+
+def test_it_finishes_what_runs_and_exits_with_0(start: Start) -> None:
+    process = start("--port", "0")
+    url = url_of(process)
+    body = {"prompt": "hi", "max_tokens": 300, "stream": True}  # longer than the doors wait
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=SOON_S) as response:
+        pieces = response.iter_text()
+        text = next(pieces)
+        process.send_signal(signal.SIGTERM)
+        text += "".join(pieces)
+    assert text.count("data: {") == 100
+    assert text.rstrip().endswith("[DONE]")
+    out, err = process.communicate(timeout=SOON_S)
+    assert process.returncode == 0, out + err
+    assert "Traceback" not in err
+
+
+def test_while_it_drains_new_requests_get_503(start: Start) -> None:
+    process = start("--port", "0")
+    url = url_of(process)
+    body = {"prompt": "hi", "max_tokens": 400, "stream": True}
+    with (
+        httpx.Client(base_url=url, timeout=SOON_S) as client,
+        client.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        next(response.iter_text())
+        process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + SOON_S
+        while client.get("/health").status_code != 503:
+            assert time.monotonic() < deadline
+        refused = client.post("/v1/completions", json=body)
+        assert refused.status_code == 503
+        assert "shutting down" in refused.json()["error"]["message"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SOON_S) == 130, "a second signal ends it at once"
+
+
+def test_what_outlasts_the_timeout_is_aborted(start: Start) -> None:
+    process = start("--port", "0", "--shutdown-timeout", "0.1")
+    body = {"prompt": "hi", "max_tokens": 500, "stream": True}
+    url = url_of(process)
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=SOON_S) as response:
+        pieces = response.iter_text()
+        next(pieces)
+        process.send_signal(signal.SIGTERM)
+        assert '"finish_reason":"abort"' in "".join(pieces)
+    assert process.wait(SOON_S) == 0
+
+
+def test_a_lost_engine_ends_it_with_1_and_a_line(start: Start) -> None:
+    process = start("--port", "0", "--lose")
+    url_of(process)
+    _, err = process.communicate(timeout=SOON_S)
+    assert process.returncode == 1
+    assert err.splitlines()[-1] == "paceline: the engine is lost: rank 0 died"
+
+
+def test_a_port_in_use_ends_it_with_2_before_anything_is_loaded(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        process = start("--port", str(other.getsockname()[1]))
+        _, err = process.communicate(timeout=SOON_S)
+    assert process.returncode == 2
+    assert re.fullmatch(r"paceline: cannot listen on 127.0.0.1:\d+: .*\n", err), err
+
+
+def test_the_model_may_be_named_either_way_but_not_differently(start: Start) -> None:
+    process = start("some/model", "--model", "another/model")
+    _, err = process.communicate(timeout=SOON_S)
+    assert process.returncode == 2
+    assert "two models are named" in err
