@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 TILE = 16
+"""Tokens that lie transposed together: one vector of float32."""
 
 
 class KvPool:
