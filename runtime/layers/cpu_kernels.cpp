@@ -403,8 +403,8 @@ ATTEND(f32_bf16_bf16, float, Bf16, Bf16)
 ATTEND(bf16_f32_bf16, Bf16, float, Bf16)
 ATTEND(bf16_bf16_bf16, Bf16, Bf16, Bf16)
 
-void add_rms_f32(float *h, const float *delta, int T, int E, float eps, float *out) { add_rms(h, delta, T, E, eps, out); }
-void add_rms_bf16(float *h, const Bf16 *delta, int T, int E, float eps, Bf16 *out) { add_rms(h, delta, T, E, eps, out); }
+void add_rms_f32_f32(float *h, const float *delta, int T, int E, float eps, float *out) { add_rms(h, delta, T, E, eps, out); }
+void add_rms_bf16_bf16(float *h, const Bf16 *delta, int T, int E, float eps, Bf16 *out) { add_rms(h, delta, T, E, eps, out); }
 void add_rms_f32_bf16(float *h, const float *delta, int T, int E, float eps, Bf16 *out) {
     add_rms(h, delta, T, E, eps, out);
 }

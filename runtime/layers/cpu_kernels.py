@@ -34,11 +34,13 @@ _FUNCTIONS = {
         ("f32_f32_f32", "f32_f32_bf16", "f32_bf16_bf16", "bf16_f32_bf16", "bf16_bf16_bf16"),
         (_P, _P, _P, _L, _L, _L, _I, _I, _I, _F, _P),
     ),
-    "add_rms": (("f32", "bf16", "f32_bf16"), (_P, _P, _I, _I, _F, _P)),
+    "add_rms": (("f32_f32", "bf16_bf16", "f32_bf16"), (_P, _P, _I, _I, _F, _P)),
     "swiglu": (("f32", "bf16"), (_P, _I, _I, _P)),
 }
 """The forms each comes in, by the dtypes it reads and writes, and its arguments."""
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_DTYPES = frozenset(_NAMES)
+_BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class Pass(ctypes.Structure):
@@ -66,7 +68,12 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._attend, self._add_rms, self._swiglu = (
-            {form: _function(library, f"{name}_{form}", signature) for form in forms}
+            {
+                tuple(_BY_NAME[part] for part in form.split("_")): _function(
+                    library, f"{name}_{form}", signature
+                )
+                for form in forms
+            }
             for name, (forms, signature) in _FUNCTIONS.items()
         )
 
@@ -84,7 +91,7 @@ class Kernels:
         """Rotate, write keys and values, and attend: `[T, U*G*D]` in `dtype`."""
         num_units = blocks.shape[2]
         context = torch.empty((given.num_rows, num_units * queries * given.head_dim), dtype=dtype)
-        self._attend[f"{_NAMES[qkv.dtype]}_{_NAMES[blocks.dtype]}_{_NAMES[dtype]}"](
+        self._attend[qkv.dtype, blocks.dtype, dtype](
             ctypes.addressof(given),
             qkv.data_ptr(),
             blocks.data_ptr(),
@@ -106,7 +113,7 @@ class Kernels:
         out = torch.empty(h_TE.shape, dtype=dtype)
         given = dtype if delta_TE is None else delta_TE.dtype
         rows, width = h_TE.shape
-        self._add_rms[_form(given, dtype)](
+        self._add_rms[given, dtype](
             h_TE.data_ptr(),
             None if delta_TE is None else delta_TE.data_ptr(),
             rows,
@@ -120,7 +127,7 @@ class Kernels:
         """`silu(gate) * up` for `[..., 2*F]`, gates first."""
         shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
         out = torch.empty(shape, dtype=gate_up.dtype)
-        self._swiglu[_NAMES[gate_up.dtype]](
+        self._swiglu[(gate_up.dtype,)](
             gate_up.data_ptr(), out.numel() // shape[-1], shape[-1], out.data_ptr()
         )
         return out
@@ -128,7 +135,7 @@ class Kernels:
 
 def supports(device: torch.device, *dtypes: torch.dtype, head_dim: int = 16) -> bool:
     """Whether the kernels can do it."""
-    return device.type == "cpu" and all(d in _NAMES for d in dtypes) and head_dim <= 256
+    return device.type == "cpu" and head_dim <= 256 and _DTYPES.issuperset(dtypes)
 
 
 @functools.cache
@@ -174,10 +181,6 @@ def _build(path: Path) -> None:
         if done.returncode != 0:
             raise OSError((done.stderr.strip().splitlines() or ["compiler failed"])[0])
         made.replace(path)
-
-
-def _form(given: torch.dtype, dtype: torch.dtype) -> str:
-    return _NAMES[dtype] if given == dtype else f"{_NAMES[given]}_{_NAMES[dtype]}"
 
 
 def _function(library: ctypes.CDLL, name: str, signature: tuple[type, ...]) -> Callable[..., None]:

@@ -14,6 +14,9 @@ from torch import Tensor
 # oneDNN builds a kernel for every shape it meets and forgets the oldest of a thousand
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
 
+_product = torch.ops.mkldnn._linear_pointwise.default
+"""The overload itself: finding it anew costs a microsecond a call."""
+
 
 class Linear:
     """`x @ weight.T + bias` for `weight` of shape `[out, in]`.
@@ -38,10 +41,8 @@ class Linear:
             padded = rounded(num_rows)
             if padded != num_rows:
                 x = F.pad(x, (0, 0, 0, padded - num_rows))
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self._packed, self._bias, "none", [], ""
-            )
-            return out[:num_rows]
+            out: Tensor = _product(x, self._packed, self._bias, "none", [], "")
+            return out if padded == num_rows else out[:num_rows]
         assert self._weight is not None
         return F.linear(x, self._weight, self._bias)
 
