@@ -18,6 +18,7 @@ from pathlib import Path
 
 from paceline.runtime.async_llm import AsyncLLM
 from paceline.runtime.config import EngineConfig, ServerConfig
+from paceline.runtime.engine import EngineClient
 from paceline.runtime.errors import EngineError
 from paceline.runtime.models.arch import Architecture, Rope
 from paceline.runtime.preflight import Facts
@@ -374,7 +375,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    engine: FakeEngine,
+    engine: EngineClient,
     facts: Facts,
     *,
     config: EngineConfig | None = None,

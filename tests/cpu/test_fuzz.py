@@ -55,9 +55,13 @@ def url(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> 
         }
     )
     facts = examine(config)
-    with serving(connect(config, facts), facts, config=config) as served:
-        yield served.url
-        _blocks_are_free(served.url)
+    client = connect(config, facts)
+    try:
+        with serving(client, facts, config=config) as served:
+            yield served.url
+            _blocks_are_free(served.url)
+    finally:
+        client.close()
 
 
 def _blocks_are_free(url: str) -> None:
