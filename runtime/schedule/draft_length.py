@@ -291,9 +291,9 @@ class AdaptiveDrafts:
     _OFF_EVERY_UNKNOWN = 8  # where that is not known for so many rows
     _EXPLORE_EVERY = 16
     _ALLOWANCE = 0.015  # part of the time that drafting may cost
-    _MOST_STEPS_SAVED = 16  # bounds of the account, in steps: old gains pay for few new losses,
+    _MOST_STEPS_SAVED = 8  # bounds of the account, in steps: old gains pay for few new losses,
     _MOST_STEPS_OWED = 4  # and one pause of the machine does not stop drafting for long
-    _FIRST_STEPS = 8  # what there is to begin with
+    _FIRST_STEPS = 4  # what there is to begin with
     _LONGEST_STEP = 8.0  # no more of one step is charged, in steps without drafts
     _EXPLORE_TOKENS = 3
     _HORIZON = 64  # rounds over which a request's reading up is written off
