@@ -6,7 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tests.tiny import save_tiny
+
+# The same examples in every run, so that a failure is the change's; `--hypothesis-profile=random` looks for new ones.
+# However busy the machine is: an example may take its time.
+_patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", _patient, derandomize=True, database=None)
+settings.register_profile("random", _patient)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
