@@ -287,6 +287,7 @@ class AdaptiveDrafts:
 
     _DECIDE_EVERY = 8
     _BETTER = 1.02  # another setting must promise so much more
+    _WORTHWHILE = 1.07  # and drafting at all: prompts are read twice for it, which no step shows
     _OFF_EVERY = 64  # steps between those without drafts, which say what drafting is compared with
     _OFF_EVERY_UNKNOWN = 8  # where that is not known for so many rows
     _EXPLORE_EVERY = 16
@@ -472,7 +473,7 @@ class AdaptiveDrafts:
                     current = setting
         if best.goodput < self._BETTER * current.goodput:
             best = current
-        if best.goodput < self._BETTER * off.goodput:
+        if best.goodput < self._WORTHWHILE * off.goodput:
             best = off
         if best.depth > self._setting.depth:  # a new attempt is looked at again at once
             self._next_decision = self._step + 1
