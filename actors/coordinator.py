@@ -11,9 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from typing import Annotated
 
-import msgspec
 import ray
 
 from paceline.actors import handles
@@ -42,7 +40,6 @@ class Started(WireType, frozen=True, kw_only=True):
     error: str | None = None
     user_error: bool = False
     """Whether the user can mend it."""
-    num_blocks: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Coordinator:
@@ -94,7 +91,7 @@ class Coordinator:
             target=self._serve, args=(engine, link), name="engine", daemon=True
         )
         self._thread.start()
-        return Started(ranks=ready.ranks, link=link.address, num_blocks=ready.num_blocks)
+        return Started(ranks=ready.ranks, link=link.address)
 
     def watch(self) -> str | None:
         """Returns when the engine has ended: why it was lost, if it was. Its reference is how

@@ -80,15 +80,11 @@ def run_shard(shard: ShardHandle, config: EngineConfig, spec: RankSpec, address:
 
 def first_dead(runs: list[Ref]) -> str | None:
     """Which of the running shards has ended, and why; None while all live."""
-    done, _ = ray.wait(list(runs), num_returns=1, timeout=0) if runs else ([], [])
-    if not done:
+    ended = _first_ended(runs)
+    if ended is None:
         return None
-    rank = runs.index(done[0])
-    try:
-        ray.get(done[0], timeout=1.0)
-    except ray.exceptions.RayError as error:
-        return f"rank {rank} died: {_brief(error)}"
-    return f"rank {rank} ended"
+    index, _, died = ended
+    return f"rank {index} ended" if died is None else f"rank {index} died: {died}"
 
 
 def start(
@@ -123,13 +119,11 @@ def watch(coordinator: CoordinatorHandle) -> Ref:
 
 def why_ended(watched: Ref) -> str | None:
     """Why the engine behind a watched reference is gone; None while it lives."""
-    done, _ = ray.wait([watched], num_returns=1, timeout=0)
-    if not done:
+    ended = _first_ended([watched])
+    if ended is None:
         return None
-    try:
-        return ray.get(done[0], timeout=1.0) or "the engine ended"
-    except ray.exceptions.RayError as error:
-        return f"the coordinator died: {_brief(error)}"
+    _, why, died = ended
+    return f"the coordinator died: {died}" if died is not None else why or "the engine ended"
 
 
 def close(
@@ -145,6 +139,18 @@ def close(
 
 def _actor(handle: object) -> Any:
     return handle
+
+
+def _first_ended(refs: list[Ref]) -> tuple[int, Any, str | None] | None:
+    """Index and result of one that is done, or why it failed; None while none is."""
+    done, _ = ray.wait(list(refs), num_returns=1, timeout=0) if refs else ([], [])
+    if not done:
+        return None
+    index = refs.index(done[0])
+    try:
+        return index, ray.get(done[0], timeout=1.0), None
+    except ray.exceptions.RayError as error:
+        return index, None, _brief(error)
 
 
 def _get(ref: Any, *, timeout_s: float, what: str) -> Any:

@@ -470,9 +470,7 @@ class AsyncLLM:
             part = text.assembler.feed(delta)
             if text.index == 0 and record.first_token_s is None:
                 stream.num_cached_tokens = delta.num_cached_tokens
-                if text.request.params.prompt_logprobs is not None and delta.prompt_logprobs:
-                    positions = (text.assembler.position(entry) for entry in delta.prompt_logprobs)
-                    stream._prompt_logprobs = [None, *positions]
+                stream._prompt_logprobs = text.assembler.prompt_logprobs(delta)
         except Exception as error:  # one request's text must not take the others' down
             logger.exception("request %s: its text cannot be assembled", delta.request_id)
             self._outbox.put(_Message(abort=[delta.request_id]))

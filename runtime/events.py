@@ -30,22 +30,22 @@ class FrontendTimes:
 
 def queue_s(metrics: RequestMetrics) -> float | None:
     """From the engine's having it to its first step."""
-    return _between(metrics, Event.QUEUED, Event.SCHEDULED)
+    return metrics.between(Event.QUEUED, Event.SCHEDULED)
 
 
 def prefill_s(metrics: RequestMetrics) -> float | None:
     """From its first step to its first token."""
-    return _between(metrics, Event.SCHEDULED, Event.FIRST_TOKEN)
+    return metrics.between(Event.SCHEDULED, Event.FIRST_TOKEN)
 
 
 def decode_s(metrics: RequestMetrics) -> float | None:
     """From its first token to its end."""
-    return _between(metrics, Event.FIRST_TOKEN, Event.FINISHED)
+    return metrics.between(Event.FIRST_TOKEN, Event.FINISHED)
 
 
 def inference_s(metrics: RequestMetrics) -> float | None:
     """From its first step to its end."""
-    return _between(metrics, Event.SCHEDULED, Event.FINISHED)
+    return metrics.between(Event.SCHEDULED, Event.FINISHED)
 
 
 def time_per_output_token_s(metrics: RequestMetrics) -> float | None:
@@ -68,8 +68,3 @@ def inter_token_s(*, previous_s: float, now_s: float, num_tokens: int) -> float:
     """Of each of `num_tokens` that came together, `previous_s` being when the last ones came."""
     assert num_tokens > 0, f"expected at least one token, found {num_tokens}"
     return (now_s - previous_s) / num_tokens
-
-
-def _between(metrics: RequestMetrics, start: Event, end: Event) -> float | None:
-    start_s, end_s = metrics.at(start), metrics.at(end)
-    return None if start_s is None or end_s is None else end_s - start_s

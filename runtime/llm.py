@@ -135,9 +135,7 @@ class LLM:
                     elif assembler.stopped and not stopped_before:
                         client.abort([delta.request_id])
                     output = self._output(jobs[number], part, finished=left[number] == 0)
-                    if delta.prompt_logprobs:
-                        positions = [assembler.position(each) for each in delta.prompt_logprobs]
-                        output.prompt_logprobs = [None, *positions]
+                    output.prompt_logprobs = assembler.prompt_logprobs(delta)
                     output.num_cached_tokens = delta.num_cached_tokens
                     yield number, output
         finally:

@@ -257,6 +257,12 @@ class Assembler:
             self._flush(texts, ends=ends)
         return len(delta.token_ids)
 
+    def prompt_logprobs(self, delta: TokenDelta) -> list[Position | None] | None:
+        """The prompt's, where a delta brings them; its first token has none."""
+        if not delta.prompt_logprobs:
+            return None
+        return [None, *(self.position(entry) for entry in delta.prompt_logprobs)]
+
     def position(self, entry: TokenLogprobs) -> Position:
         """One position's log-probabilities with the tokens' texts."""
         position = {entry.token_id: self._logprob(entry.token_id, entry.logprob, entry.rank)}

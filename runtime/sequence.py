@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from paceline.runtime.inputs import Segment
 from paceline.runtime.kv.pool import BlockTable
-from paceline.runtime.sampling.batch import SampleState
+from paceline.runtime.sampling.batch import SampleState, is_plain_greedy
 from paceline.runtime.spec.calibrate import DraftRows
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.types import Request
@@ -28,6 +28,8 @@ class Sequence:
     token_ids: list[int]
     seen: int
     draft_rows: DraftRows
+    plain_greedy: bool = field(init=False)
+    """Whether every token is the best of the raw logits: asked of every request in every step."""
     sinks: int = 0
     window: int = 0
     """What its KV policy keeps; window 0: everything."""
@@ -38,6 +40,9 @@ class Sequence:
     """On the rank that decides."""
     error: str | None = None
     """Why it cannot be served, found where its tokens are chosen."""
+
+    def __post_init__(self) -> None:
+        self.plain_greedy = is_plain_greedy(self.request.params)
 
     def segment(self, *, start: int, num_rows: int) -> Segment:
         """Rows from position `start` on."""

@@ -281,17 +281,15 @@ class RequestMetrics(WireType, frozen=True, kw_only=True):
         """When it happened first; None if it did not."""
         return next((at_s for kind, at_s in self.events if kind is event), None)
 
-    @property
-    def decode_s(self) -> float:
-        """From the first token to the end."""
-        first, last = self.at(Event.FIRST_TOKEN), self.at(Event.FINISHED)
-        return 0.0 if first is None or last is None else last - first
+    def between(self, start: Event, end: Event) -> float | None:
+        """Seconds from the first `start` to the first `end`; None if one of them did not happen."""
+        start_s, end_s = self.at(start), self.at(end)
+        return None if start_s is None or end_s is None else end_s - start_s
 
     @property
-    def prefill_ms(self) -> float:
-        """From the first step to the first token."""
-        start, first = self.at(Event.SCHEDULED), self.at(Event.FIRST_TOKEN)
-        return 0.0 if start is None or first is None else (first - start) * 1e3
+    def decode_s(self) -> float:
+        """From the first token to the end; 0 without either."""
+        return self.between(Event.FIRST_TOKEN, Event.FINISHED) or 0.0
 
     @property
     def tokens_per_second(self) -> float:

@@ -33,7 +33,6 @@ from paceline.runtime.loading import Loaded, load
 from paceline.runtime.sampling.batch import (
     SampleRequest,
     SampleState,
-    is_plain_greedy,
     target_probs,
     target_tokens,
 )
@@ -45,8 +44,9 @@ from paceline.runtime.spec.drafter import Ask, Draft, Drafter, Reading
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.spec.ngram_drafter import NgramDrafter
 from paceline.runtime.spec.tree import DraftTree
-from paceline.runtime.spec.verify import accepted_of_chain, verify_sampled
+from paceline.runtime.spec.verify import accepted_of_chain, verify_point_mass, verify_sampled
 from paceline.runtime.types import (
+    DrafterName,
     Request,
     RequestResult,
     ScheduledRequest,
@@ -76,6 +76,19 @@ class Feed:
         sequence = self.sequence
         return sequence.seen + self.scheduled.num_tokens == len(sequence.token_ids)
 
+    def asks(self, drafter: DrafterName) -> bool:
+        """Whether it wants a draft, and from this drafter."""
+        scheduled = self.scheduled
+        return scheduled.num_draft_tokens > 0 and scheduled.drafter == drafter and self.emits
+
+    def reads(self, drafter: DrafterName) -> bool:
+        """Whether this drafter, the model, reads its tokens along without drafting for it."""
+        return self.scheduled.read_draft and drafter == "draft_model" and not self.asks(drafter)
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(sequence=self.sequence, end=self.sequence.seen + self.scheduled.num_tokens)
+
     @property
     def num_rows(self) -> int:
         return self.scheduled.num_tokens + len(self.draft.token_ids)
@@ -102,14 +115,16 @@ class Worker:
         self.num_blocks = models.num_blocks
         self._grammars = models.grammars
         self._vocab_size = models.vocab_size
-        self._block_size = config.block_size
         self.sequences: dict[str, Sequence] = {}
         spec = config.speculative_config
         self._rejects = spec is not None and spec.verification == "rejection"
         self._calibration = Calibration(spec.calibration) if spec else Calibration.NEVER
         self._grouped = models.grouped
-        self.draft_model = models.draft_model
-        self._ngrams = NgramDrafter() if spec and spec.method in ("ngram", "combined") else None
+        self._drafters: dict[DrafterName, Drafter] = {}
+        if models.draft_model is not None:
+            self._drafters["draft_model"] = models.draft_model
+        if spec is not None and spec.method in ("ngram", "combined"):
+            self._drafters["ngram"] = NgramDrafter()
 
     def facts(self) -> str:
         """One line for a person: where this rank runs and what it holds."""
@@ -120,10 +135,7 @@ class Worker:
         ]
         if self.target is not None:
             parts.append(f"target {self.target.describe()}")
-        if self.draft_model is not None:
-            parts.append(f"drafter {self.draft_model.describe()}")
-        if self._ngrams is not None:
-            parts.append(f"drafter {self._ngrams.describe()}")
+        parts += [f"drafter {drafter.describe()}" for drafter in self._drafters.values()]
         return ", ".join(parts)
 
     @torch.inference_mode()
@@ -173,7 +185,7 @@ class Worker:
             sinks=self._config.kv_sink_tokens if keeps_window else 0,
             window=self._config.kv_window if keeps_window else 0,
         )
-        if self._ngrams is not None and request.num_draft_tokens != 0:
+        if "ngram" in self._drafters and request.num_draft_tokens != 0:
             spec = self._config.speculative_config
             assert spec is not None
             sequence.ngrams = NgramIndex(
@@ -213,18 +225,12 @@ class Worker:
     def _draft(self, feeds: list[Feed]) -> StageTimes:
         """Give every feed that wants one its draft, known to every rank of the world."""
         times = StageTimes()
-        asking = [feed for feed in feeds if feed.scheduled.num_draft_tokens and feed.emits]
-        modelled = [feed for feed in asking if feed.scheduled.drafter == "draft_model"]
-        readings = [
-            Reading(sequence=feed.sequence, end=feed.sequence.seen + feed.scheduled.num_tokens)
-            for feed in feeds
-            if feed.scheduled.read_draft and feed not in modelled
-        ]
-        if self.draft_model is not None and (modelled or readings):
-            times = times.plus(self._ask(self.draft_model, modelled, readings))
-        if self._ngrams is not None:
-            looked_up = [feed for feed in asking if feed.scheduled.drafter == "ngram"]
-            self._ask(self._ngrams, looked_up, [])
+        for name, drafter in self._drafters.items():
+            asking = [feed for feed in feeds if feed.asks(name)]
+            readings = [feed.reading for feed in feeds if feed.reads(name)]
+            if asking or readings:
+                times = times.plus(self._ask(drafter, asking, readings))
+        modelled = [feed for feed in feeds if feed.asks("draft_model")]
         if modelled and self.mesh.draft.size != self.mesh.world.size:
             chains = [feed.draft.token_ids for feed in modelled]
             sizes = [feed.scheduled.num_draft_tokens for feed in modelled]
@@ -272,8 +278,7 @@ class Worker:
         """Choose the tokens of every feed that emits, on rank 0, and tell all ranks."""
         emitting = [feed for feed in feeds if feed.emits]
         simple = all(
-            is_plain_greedy(feed.sequence.request.params)
-            and feed.sequence.request.params.logprobs is None
+            feed.sequence.plain_greedy and feed.sequence.request.params.logprobs is None
             for feed in emitting
         ) and not any(feed.prompt_rows for feed in feeds)
         if self.target is not None and logits_PV is not None:
@@ -342,30 +347,23 @@ class Worker:
         return self._rejects and not feed.sequence.request.params.greedy
 
     def _verify_drawn(self, feed: Feed, logits_PV: Tensor) -> tuple[int, ...]:
-        request = _sample_request(feed)
+        request, draft_probs_PV = _sample_request(feed), feed.draft.probs_PV
         probs_PV = target_probs(logits_PV, request)
-        draft_probs_PV = feed.draft.probs_PV
-        if draft_probs_PV is None:  # chosen, not drawn: sure of itself
-            draft_probs_PV = torch.zeros_like(probs_PV[:-1])
-            if feed.draft.token_ids:
-                chosen = torch.tensor(feed.draft.token_ids, device=probs_PV.device)[:, None]
-                draft_probs_PV.scatter_(1, chosen, 1.0)
-        state = request.state
-        uniforms = RoundUniforms(state.request.seed, state.num_committed)
+        uniforms = RoundUniforms(request.state.request.seed, request.state.num_committed)
         tree = DraftTree.chain(feed.draft.token_ids)
-        verdict = verify_sampled(tree, probs_PV, draft_probs_PV, uniforms=uniforms)
+        if draft_probs_PV is None:  # chosen, not drawn
+            verdict = verify_point_mass(tree, probs_PV, uniforms=uniforms)
+        else:
+            verdict = verify_sampled(tree, probs_PV, draft_probs_PV, uniforms=uniforms)
         return (*(tree.token_ids[node] for node in verdict.path), verdict.token_id)
 
     def _commit(self, feed: Feed) -> RequestResult:
         """Move the lengths; nothing is copied."""
         sequence, num_drafted = feed.sequence, len(feed.draft.token_ids)
         num_accepted = max(0, len(feed.emitted) - 1)
-        if num_drafted and feed.scheduled.drafter == "draft_model":
-            sequence.draft_rows.verified(
-                committed=len(sequence.token_ids),
-                num_drafted=num_drafted,
-                num_accepted=num_accepted,
-            )
+        drafter = self._drafters.get(feed.scheduled.drafter)
+        if num_drafted and drafter is not None:
+            drafter.verified(sequence, num_drafted=num_drafted, num_accepted=num_accepted)
         sequence.seen += feed.scheduled.num_tokens + num_accepted
         sequence.commit(feed.emitted)
         return RequestResult(

@@ -43,10 +43,11 @@ from paceline.runtime.errors import (
     PromptError,
     UserError,
 )
+from paceline.runtime.events import prefill_s, queue_s
 from paceline.runtime.outputs import CompletionOutput, Position, RequestOutput, empty_output
 from paceline.runtime.preflight import Facts
 from paceline.runtime.requests import Prompt
-from paceline.runtime.types import Event, RequestMetrics, SamplingParams, StructuredOutputs
+from paceline.runtime.types import RequestMetrics, SamplingParams, StructuredOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -651,17 +652,13 @@ def _tops(positions: Sequence[Position | None], count: int | None) -> list[pb.To
 
 
 def _metrics(metrics: RequestMetrics) -> pb.RequestMetrics:
-    def between(start: Event, end: Event) -> float:
-        first, last = metrics.at(start), metrics.at(end)
-        return 0.0 if first is None or last is None else last - first
-
     return pb.RequestMetrics(
         rounds=metrics.rounds,
         accepted_at=metrics.accepted_at,
         calibrate_ms=metrics.times.calibrate_ms,
         draft_ms=metrics.times.draft_ms,
         verify_ms=metrics.times.verify_ms,
-        queued_s=between(Event.QUEUED, Event.SCHEDULED),
-        prefill_s=between(Event.SCHEDULED, Event.FIRST_TOKEN),
-        decode_s=between(Event.FIRST_TOKEN, Event.FINISHED),
+        queued_s=queue_s(metrics) or 0.0,
+        prefill_s=prefill_s(metrics) or 0.0,
+        decode_s=metrics.decode_s,
     )

@@ -460,6 +460,15 @@ def plain_logprobs(positions: Iterable[Position | None]) -> list[dict[str, Any] 
     ]
 
 
+def _token_id_fields(output: CompletionOutput, whole: RequestOutput) -> dict[str, Any]:
+    """What `return_token_ids` adds to a choice."""
+    return {
+        "token_ids": output.token_ids,
+        "num_accepted": output.num_accepted,
+        "prompt_token_ids": whole.prompt_token_ids,
+    }
+
+
 class CompletionFormat:
     """How /v1/completions says things."""
 
@@ -515,9 +524,7 @@ class CompletionFormat:
         if whole.prompt_logprobs is not None:
             choice["prompt_logprobs"] = plain_logprobs(whole.prompt_logprobs)
         if self._token_ids:
-            choice["token_ids"] = output.token_ids
-            choice["num_accepted"] = output.num_accepted
-            choice["prompt_token_ids"] = whole.prompt_token_ids
+            choice |= _token_id_fields(output, whole)
         return choice
 
     def _prompt_positions(self, whole: RequestOutput) -> list[Position | None]:
@@ -601,9 +608,7 @@ class ChatFormat:
             "stop_reason": output.stop_reason,
         }
         if self._token_ids:
-            choice["token_ids"] = output.token_ids
-            choice["num_accepted"] = output.num_accepted
-            choice["prompt_token_ids"] = whole.prompt_token_ids
+            choice |= _token_id_fields(output, whole)
         return choice
 
     def _logprobs(self, positions: Sequence[Position]) -> dict[str, Any]:

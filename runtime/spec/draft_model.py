@@ -25,7 +25,6 @@ from paceline.runtime.sampling.batch import (
     SampleRequest,
     draft_probs,
     draft_tokens,
-    is_plain_greedy,
 )
 from paceline.runtime.sequence import Sequence
 from paceline.runtime.spec.drafter import Ask, Draft, Reading
@@ -193,7 +192,7 @@ class _Drafting:
 
     def __init__(self, asks: list[Ask], *, rejection: bool) -> None:
         self.asks = asks
-        self.greedy = all(is_plain_greedy(ask.sequence.request.params) for ask in asks)
+        self.greedy = all(ask.sequence.plain_greedy for ask in asks)
         self._num_asks = len(asks)
         self._rejection = rejection
         self._ids: list[Tensor] = []

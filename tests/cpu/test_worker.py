@@ -215,7 +215,7 @@ def test_text_does_not_depend_on_n_grams(
     """A prompt that makes the target repeat itself is what they are for."""
     long = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
     driver = Driver(make_worker(native=native, method="ngram"))
-    assert driver.worker.draft_model is None
+    assert "draft_model" not in driver.worker._drafters
     texts = [driver.add(str(i), prompt, long) for i, prompt in enumerate(PROMPTS)]
     found = driver.write(*texts, drafts=4, drafter="ngram")
     assert found == [alone(prompt, long, 0) for prompt in PROMPTS]
