@@ -19,6 +19,7 @@ $(READY): constraints.txt pyproject.toml
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(PY) -m paceline.parallel.collectives
 	$(PY) -m paceline.runtime.layers.cpu_kernels
+	$(PY) -m paceline.runtime.transfer.kernels
 	touch $@
 
 # float32, so that the texts can be compared token by token: see the README on near-ties in bfloat16

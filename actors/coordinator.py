@@ -16,7 +16,7 @@ import ray
 
 from paceline.actors import handles
 from paceline.parallel.rank import RankSpec
-from paceline.runtime.channel import PlanSender
+from paceline.runtime.channel import PlanSender, RankAddresses
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.engine import Engine
 from paceline.runtime.engine_loop import run_engine
@@ -24,6 +24,7 @@ from paceline.runtime.errors import PacelineError, UserError
 from paceline.runtime.executor import ChannelExecutor
 from paceline.runtime.link import LinkAddress, LinkServer
 from paceline.runtime.schedule.scheduler import make_scheduler
+from paceline.runtime.transfer.control import KvControl
 from paceline.runtime.types import WireType
 
 logger = logging.getLogger(__name__)
@@ -73,16 +74,27 @@ class Coordinator:
             num_ranks=len(shards),
             watch=lambda: handles.first_dead(runs),
         )
+        links = None
+        if config.kv_transfer_config is not None:
+            address = self._address("links", local=ranks_here)
+            links = KvControl(address, num_ranks=len(shards))
+        addresses = RankAddresses(
+            plans=channel.address, links=None if links is None else links.address
+        )
         for shard, spec in zip(shards, specs, strict=True):
-            runs.append(handles.run_shard(shard, config, spec, channel.address))
+            runs.append(handles.run_shard(shard, config, spec, addresses))
+        executor = ChannelExecutor(channel, step_timeout_s=config.step_timeout_s)
         try:
             ready = channel.wait_for_ranks(timeout_s=config.load_timeout_s)
+            if links is not None:
+                links.wait_ready(timeout_s=config.load_timeout_s, check=executor.check)
         except PacelineError as error:
             channel.close()
+            if links is not None:
+                links.close()
             return Started(error=str(error), user_error=isinstance(error, UserError))
-        executor = ChannelExecutor(channel, step_timeout_s=config.step_timeout_s)
         scheduler = make_scheduler(config, max_model_len=max_model_len, num_blocks=ready.num_blocks)
-        engine = Engine(scheduler, executor, ranks=ready.ranks)
+        engine = Engine(scheduler, executor, ranks=ready.ranks, links=links)
         link = LinkServer(
             self._address("commands", local=frontend_here),
             self._address("news", local=frontend_here),

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from paceline.parallel.rank import RankSpec
+from paceline.runtime.channel import RankAddresses
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import DeadlineError, EngineError
 
@@ -73,9 +74,11 @@ def port_of(shard: ShardHandle) -> int:
     return int(_get(_actor(shard).free_port.remote(), timeout_s=CALL_TIMEOUT_S, what="a free port"))
 
 
-def run_shard(shard: ShardHandle, config: EngineConfig, spec: RankSpec, address: str) -> Ref:
+def run_shard(
+    shard: ShardHandle, config: EngineConfig, spec: RankSpec, addresses: RankAddresses
+) -> Ref:
     """Set a shard to work; the reference is done when the shard is."""
-    return Ref(_actor(shard).run.remote(config, spec, address))
+    return Ref(_actor(shard).run.remote(config, spec, addresses))
 
 
 def first_dead(runs: list[Ref]) -> str | None:

@@ -8,6 +8,7 @@ import os
 import ray
 
 from paceline.parallel.rank import RankSpec
+from paceline.runtime.channel import RankAddresses
 from paceline.runtime.config import EngineConfig
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,11 @@ class Shard:
 
         return free_port()
 
-    def run(self, config: EngineConfig, spec: RankSpec, address: str) -> None:
+    def run(self, config: EngineConfig, spec: RankSpec, addresses: RankAddresses) -> None:
         """Serve plans until the coordinator says stop, or its raylet is gone."""
         logging.basicConfig(level=logging.INFO)
         from paceline.runtime.rank import run_rank
 
         parent = os.getppid()
-        run_rank(config, spec, address, alive=lambda: os.getppid() == parent)
+        host = ray.util.get_node_ip_address()
+        run_rank(config, spec, addresses, host=host, alive=lambda: os.getppid() == parent)

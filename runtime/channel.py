@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -23,6 +24,15 @@ from paceline.runtime.types import WIRE_VERSION, StepPlan, StepResult, WireType
 
 WATCH_EVERY_MS = 500
 """How often a wait looks whether those it waits for are still alive."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankAddresses:
+    """Where a rank finds its coordinator."""
+
+    plans: str
+    links: str | None = None
+    """For the rank's KV link, where the engine has any."""
 
 
 class Hello(WireType, frozen=True, kw_only=True, tag="hello"):

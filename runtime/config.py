@@ -95,6 +95,65 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ] = "auto"
 
 
+class KvTransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How KV moves between engines. `--kv-transfer-config` takes these keys as JSON; those that vLLM
+    has too mean the same."""
+
+    kv_connector: Annotated[
+        Literal["PacelineConnector"], Meta(description="The only one there is.")
+    ] = "PacelineConnector"
+    kv_role: Annotated[
+        Literal["kv_producer", "kv_consumer", "kv_both"],
+        Meta(description="What the engine is for: prefill, decode, or both."),
+    ] = "kv_both"
+    kv_load_failure_policy: Annotated[
+        Literal["recompute", "fail"],
+        Meta(description="What becomes of a request whose KV could not be fetched."),
+    ] = "recompute"
+    engine_id: Annotated[
+        str | None, Meta(description="The engine's name among others; made up if not given.")
+    ] = None
+    lanes: Annotated[
+        int, Meta(ge=1, le=16, description="Connections between two ranks, used side by side.")
+    ] = 2
+    chunk_bytes: Annotated[
+        int, Meta(ge=1 << 16, le=1 << 22, description="Most payload of one message.")
+    ] = 1 << 20
+    credit_bytes: Annotated[
+        int,
+        Meta(ge=1 << 16, description="Most that is under way to one consumer rank on one lane."),
+    ] = 1 << 24
+    codec: Annotated[
+        Literal["none", "int8"],
+        Meta(description="int8 halves 16-bit KV on the wire, per token and head: lossy."),
+    ] = "none"
+    data_plane: Annotated[
+        Literal["auto", "grpc", "shm"],
+        Meta(description="auto reads shared memory where both ranks are on one host."),
+    ] = "auto"
+    draft_kv: Annotated[
+        Literal["auto", "transfer", "rebuild"],
+        Meta(
+            description="Whether the drafter's KV travels too, or the drafter reads the prompt again; auto: "
+            "whichever is cheaper."
+        ),
+    ] = "auto"
+    lease_s: Annotated[
+        float, Meta(gt=0, description="How long KV is held for a consumer that is not heard of.")
+    ] = 30.0
+    timeout_s: Annotated[
+        float,
+        Meta(gt=0, description="How long a fetch may take, waiting for the prefill included."),
+    ] = 120.0
+    max_transfers: Annotated[
+        int, Meta(ge=1, le=4096, description="Most requests whose KV is offered at once.")
+    ] = 128
+    host: Annotated[
+        str | None,
+        Meta(description="Address that links listen on; that of the node if not given."),
+    ] = None
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine: a target, perhaps a drafter, and the ranks they run on."""
 
@@ -157,6 +216,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     speculative_config: Annotated[
         SpeculativeConfig | None,
         Meta(description="How tokens are drafted, as JSON; null for no speculation."),
+    ] = None
+    kv_transfer_config: Annotated[
+        KvTransferConfig | None,
+        Meta(
+            description="How KV moves to and from other engines, as JSON; null for an engine alone."
+        ),
     ] = None
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Meta(description="auto takes GPUs where there are any.")
@@ -235,6 +300,46 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = False
 
 
+class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many engines serve together, and how requests are spread over them."""
+
+    prefill_replicas: Annotated[
+        int, Meta(ge=0, description="Engines that read prompts for others; 0 for none.")
+    ] = 0
+    decode_replicas: Annotated[
+        int, Meta(ge=1, description="Engines that write texts, and read prompts where that pays.")
+    ] = 1
+    prefill_tensor_parallel_size: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(
+            description="tensor_parallel_size of engines that read prompts; without prefill_replicas, of "
+            "one such engine."
+        ),
+    ] = None
+    decode_tensor_parallel_size: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="tensor_parallel_size of engines that write texts."),
+    ] = None
+    routing_policy: Annotated[
+        Literal["conditional", "always", "local", "round_robin"],
+        Meta(
+            description="Read prompts elsewhere where that is cheaper, always or never; round_robin takes "
+            "turns, whatever is cached or busy."
+        ),
+    ] = "conditional"
+    engine_placement: Annotated[
+        Literal["pack", "spread"],
+        Meta(description="On Ray, spread puts engines on different nodes where it can."),
+    ] = "pack"
+    restart_engines: Annotated[
+        bool, Meta(description="Start another engine in place of one that is lost.")
+    ] = True
+
+    @property
+    def num_engines(self) -> int:
+        return self.prefill_replicas + self.decode_replicas
+
+
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -260,13 +365,14 @@ def make_config(settings: Mapping[str, Any]) -> EngineConfig:
     bad values."""
     values = {key.replace("-", "_"): value for key, value in settings.items()}
     reject_unknown(values, EngineConfig.__struct_fields__, what="config key")
-    speculative = values.get("speculative_config")
-    if isinstance(speculative, str):
-        speculative = values["speculative_config"] = _json_object(speculative)
-    if isinstance(speculative, Mapping):
-        reject_unknown(
-            speculative, SpeculativeConfig.__struct_fields__, what="speculative_config key"
-        )
+    for name, struct in _NESTED.items():
+        nested = values.get(name)
+        if isinstance(nested, str):
+            nested = values[name] = _json_object(nested, what=name)
+        if isinstance(nested, Mapping):
+            if name == "kv_transfer_config":
+                nested = values[name] = _ours(nested)
+            reject_unknown(nested, struct.__struct_fields__, what=f"{name} key")
     try:
         config = msgspec.convert(values, EngineConfig, from_attributes=True)
     except msgspec.ValidationError as error:
@@ -281,6 +387,39 @@ def make_config(settings: Mapping[str, Any]) -> EngineConfig:
             f"distributed_executor_backend uni has one rank; {config.world_size} are asked for"
         )
     return config
+
+
+def make_fleet(settings: Mapping[str, Any]) -> FleetConfig:
+    """A `FleetConfig` from plain values. Raises ConfigError, in one line, for unknown keys and bad
+    values."""
+    values = {key.replace("-", "_"): value for key, value in settings.items()}
+    reject_unknown(values, FleetConfig.__struct_fields__, what="config key")
+    if values.get("prefill_tensor_parallel_size") is not None:
+        values.setdefault("prefill_replicas", 1)
+    try:
+        fleet = msgspec.convert(values, FleetConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(readable(str(error))) from None
+    if fleet.prefill_tensor_parallel_size is not None and not fleet.prefill_replicas:
+        raise ConfigError("prefill_tensor_parallel_size needs prefill_replicas of at least 1")
+    return fleet
+
+
+def check_fleet(fleet: FleetConfig, config: EngineConfig) -> None:
+    """Raise ConfigError where engines like `config` cannot serve together."""
+    transfer = config.kv_transfer_config
+    if transfer is None or fleet.num_engines == 1:
+        return
+    if transfer.kv_role != "kv_both":
+        raise ConfigError(
+            f"kv_role {transfer.kv_role} is that of one engine; prefill_replicas and decode_replicas "
+            "give each of several its own: leave out kv_role or those"
+        )
+    if transfer.engine_id is not None:
+        raise ConfigError(
+            f"engine_id {transfer.engine_id!r} is the name of one engine; the server names each of "
+            f"{fleet.num_engines}: leave it out"
+        )
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -307,13 +446,40 @@ def reject_unknown(values: Mapping[str, Any], known: tuple[str, ...], *, what: s
             raise ConfigError(f"unknown {what} {key!r}{hint}")
 
 
-def _json_object(text: str) -> dict[str, Any] | None:
+OUR_CONNECTOR = "PacelineConnector"
+
+_NESTED: dict[str, type[msgspec.Struct]] = {
+    "speculative_config": SpeculativeConfig,
+    "kv_transfer_config": KvTransferConfig,
+}
+
+
+def _ours(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A kv_transfer_config in our words, from one in vLLM's or the field's."""
+    values = dict(given)
+    extra = values.pop("kv_connector_extra_config", None)
+    if isinstance(extra, Mapping):
+        values = {**extra, **values}
+    roles = {"prefill": "kv_producer", "decode": "kv_consumer"}
+    role = values.get("kv_role")
+    if isinstance(role, str):
+        values["kv_role"] = roles.get(role, role)
+    connector = values.get("kv_connector")
+    if isinstance(connector, str) and connector != OUR_CONNECTOR:
+        raise ConfigError(
+            f"kv_connector {connector!r:.80} is another project's; Paceline has {OUR_CONNECTOR}, which "
+            "is also what it takes if none is named"
+        )
+    return values
+
+
+def _json_object(text: str, *, what: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"speculative_config is not valid JSON: {error}") from None
+        raise ConfigError(f"{what} is not valid JSON: {error}") from None
     if value is not None and not isinstance(value, dict):
-        raise ConfigError("speculative_config must be a JSON object")
+        raise ConfigError(f"{what} must be a JSON object")
     return value
 
 

@@ -26,13 +26,15 @@ ranks live."""
 def run_engine(engine: Engine, link: LinkServer, *, wanted: Callable[[], bool]) -> str | None:
     """Serve until `wanted` is false. Why the engine was lost, if it was. Closes both."""
     lost = None
+    wakers = () if engine.links is None else (engine.links.socket,)
     try:
         while wanted():
-            for command in link.receive(wait_s=0.0 if engine.has_work else IDLE_S):
+            for command in link.receive(wait_s=0.0 if engine.has_work else IDLE_S, wakers=wakers):
                 if isinstance(command, Submit):
                     engine.submit(list(command.requests))
                 else:
                     engine.abort(list(command.request_ids))
+            engine.follow_links()
             if engine.has_work:
                 link.send(engine.poll(), engine.status)
             else:

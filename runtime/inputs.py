@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +52,8 @@ class Rows:
     """Of the scores."""
     native: Pass | None = None
     """The same for the compiled kernel, where that runs."""
+    written: Callable[[int], None] | None = None
+    """Told of each layer, by its number in the model, once its keys and values are in the pool."""
     _alive: list[object] = field(default_factory=list)
 
     @property
@@ -67,6 +69,7 @@ def pack(
     rope: RopeTable,
     scale: float,
     native: bool,
+    written: Callable[[int], None] | None = None,
 ) -> Rows:
     """Rows for a pass over `segments`, whose tokens are `token_ids_T`, `[T]` on the device."""
     positions: list[int] = []
@@ -102,6 +105,7 @@ def pack(
         pool=pool,
         scale=scale,
         native=Pass() if native else None,
+        written=written,
     )
     if rows.native is not None:
         _fill(rows.native, rows, starts)

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import msgspec
@@ -32,6 +33,8 @@ MAX_MESSAGE_BYTES = 1 << 28
 WATCH_EVERY_S = 0.5
 STATUS_EVERY_S = 0.1
 GREETING_S = 60.0
+MOST_BLOCKS = 1 << 17
+"""Block events that are kept for whoever does not ask for the status."""
 
 
 class LinkAddress(WireType, frozen=True, kw_only=True):
@@ -82,10 +85,14 @@ class LinkServer:
         """Which frontend each request came from."""
         self._status_due_s = 0.0
 
-    def receive(self, *, wait_s: float) -> list[Submit | Abort]:
-        """Commands that came in; waits up to `wait_s` for the first."""
+    def receive(
+        self, *, wait_s: float, wakers: Sequence[zmq.Socket[bytes]] = ()
+    ) -> list[Submit | Abort]:
+        """Commands that came in; waits up to `wait_s` for the first, or for one of `wakers`."""
         if wait_s > 0:
             poller = zmq.Poller()
+            for waker in wakers:
+                poller.register(waker, zmq.POLLIN)
             poller.register(self._commands, zmq.POLLIN)
             poller.register(self._news, zmq.POLLIN)
             poller.poll(int(wait_s * 1e3))
@@ -203,7 +210,9 @@ class LinkClient:
         self._on_close = on_close
         self._closed = False
         self._status = EngineStatus()
-        self._steps_lock = threading.Lock()
+        self._blocks: dict[bytes, bool] = {}
+        """Whether each was stored or removed last, since the status was asked for."""
+        self._status_lock = threading.Lock()
         try:
             self._wait_for_greeting()
         except BaseException:
@@ -226,25 +235,37 @@ class LinkClient:
     def abort(self, request_ids: list[str]) -> None:
         self._command(Abort(request_ids=tuple(request_ids)))
 
+    @property
+    def news_socket(self) -> zmq.Socket[bytes]:
+        """Readable when `poll` has something: for whoever waits for several engines at once. Only to
+        be waited for, and only by the thread that polls."""
+        return self._news
+
     def poll(self, wait_s: float = 1.0) -> list[TokenDelta]:
+        """With 0, what lies there already."""
         deadline = time.monotonic() + wait_s
-        deltas: list[TokenDelta] = []
-        while not deltas:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            if not self._news.poll(int(min(left, WATCH_EVERY_S) * 1e3) + 1):
-                if (why := self._watch()) is not None:
-                    raise EngineError(why)
-                continue
-            deltas += self._receive()
-        return deltas
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            if self._news.poll(math.ceil(min(left, WATCH_EVERY_S) * 1e3)):
+                if deltas := self._receive():
+                    return deltas
+            elif (why := self._watch()) is not None:
+                raise EngineError(why)
+            if left == 0:
+                return []
 
     def status(self) -> EngineStatus:
-        with self._steps_lock:
-            status = self._status
-            self._status = msgspec.structs.replace(status, steps=())
-        return status
+        with self._status_lock:
+            status, blocks = self._status, self._blocks
+            self._status = msgspec.structs.replace(
+                status, steps=(), stored_blocks=(), removed_blocks=()
+            )
+            self._blocks = {}
+        return msgspec.structs.replace(
+            status,
+            stored_blocks=tuple([each for each, stored in blocks.items() if stored]),
+            removed_blocks=tuple([each for each, stored in blocks.items() if not stored]),
+        )
 
     def close(self) -> None:
         with self._lock:
@@ -270,9 +291,22 @@ class LinkClient:
                 raise EngineError(news.error)
             deltas += news.deltas
             if news.status is not None:
-                with self._steps_lock:
+                with self._status_lock:
                     steps = (self._status.steps + news.status.steps)[-1000:]
                     self._status = msgspec.structs.replace(news.status, steps=steps)
+                    self._note(news.status)
+
+    def _note(self, status: EngineStatus) -> None:
+        """Gather block events, each block's latest, of the latest `MOST_BLOCKS` blocks."""
+        blocks = self._blocks
+        for each in status.stored_blocks:
+            blocks.pop(each, None)
+            blocks[each] = True
+        for each in status.removed_blocks:
+            blocks.pop(each, None)
+            blocks[each] = False
+        while len(blocks) > MOST_BLOCKS:
+            del blocks[next(iter(blocks))]
 
     def _command(self, command: Submit | Abort) -> None:
         with self._lock:

@@ -78,6 +78,7 @@ def load(config: EngineConfig, mesh: Mesh, *, target: Model | None = None) -> Lo
             max_len=max_len,
             kv_dtype=_kv_dtype(decoder, mesh.device),
             device=mesh.device,
+            shared=config.kv_transfer_config is not None,
         )
 
     draft_model = None

@@ -11,14 +11,16 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
+import threading
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from paceline.parallel.launch import free_port, solo_mesh, spawn
 from paceline.parallel.rank import RankSpec
-from paceline.runtime.channel import PlanSender
+from paceline.runtime.channel import PlanSender, RankAddresses
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.engine import Engine
 from paceline.runtime.engine_loop import run_engine
@@ -29,16 +31,20 @@ from paceline.runtime.errors import (
     PlacementError,
     UserError,
 )
-from paceline.runtime.executor import ChannelExecutor, Executor
+from paceline.runtime.executor import ChannelExecutor
 from paceline.runtime.link import LinkAddress, LinkClient, LinkServer
 from paceline.runtime.preflight import Facts
 from paceline.runtime.rank import local_rank
 from paceline.runtime.schedule.scheduler import make_scheduler
+from paceline.runtime.transfer.control import KvControl
 from paceline.runtime.types import StepPlan, StepResult
 from paceline.runtime.worker import Worker
 
+LOCALHOST = "127.0.0.1"
 GRACE_S = 5.0
 """What processes get to end by themselves."""
+STOP_EVERY_S = 0.1
+"""How soon a start under way notices that it is not wanted any more."""
 
 
 def local_engine(config: EngineConfig, facts: Facts) -> Engine:
@@ -47,8 +53,11 @@ def local_engine(config: EngineConfig, facts: Facts) -> Engine:
     return _engine(config, max_model_len=facts.max_model_len)
 
 
-def connect(config: EngineConfig, facts: Facts) -> LinkClient:
-    """The same engine in a process of its own, loaded and ready."""
+def connect(
+    config: EngineConfig, facts: Facts, *, stop: threading.Event | None = None
+) -> LinkClient:
+    """The same engine in a process of its own, loaded and ready. `stop`, set from another thread, gives
+    the start up: raises EngineError."""
     folder = tempfile.TemporaryDirectory(prefix="paceline-")
     ours, theirs = multiprocessing.Pipe()
     address = f"ipc://{folder.name}"
@@ -67,8 +76,12 @@ def connect(config: EngineConfig, facts: Facts) -> LinkClient:
         close
     )  # else a parent that forgets to close waits for its child at exit, for ever
     try:
-        if not ours.poll(config.load_timeout_s + GRACE_S):
-            raise DeadlineError(f"waited {config.load_timeout_s:.0f} s for the engine to load")
+        deadline = time.monotonic() + config.load_timeout_s + GRACE_S
+        while not ours.poll(STOP_EVERY_S):
+            if stop is not None and stop.is_set():
+                raise EngineError("the engine was told to stop while it started")
+            if time.monotonic() >= deadline:
+                raise DeadlineError(f"waited {config.load_timeout_s:.0f} s for the engine to load")
         address_given, error, user_error = ours.recv()
     except (EOFError, PacelineError) as failure:
         close()
@@ -101,6 +114,7 @@ def _engine_process(
         stopped = True
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a start that is given up ends its ranks
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
 
@@ -128,16 +142,23 @@ def _engine(config: EngineConfig, *, max_model_len: int) -> Engine:
             f"{config.world_size} ranks need {config.world_size} {device} devices, this machine has {count}; lower "
             "tensor_parallel_size or draft_tensor_parallel_size"
         )
-    executor: Executor
-    ranks: tuple[str, ...]
+    executor: InProcess | LocalProcesses
+    links = None
+    if config.kv_transfer_config is not None:
+        links = KvControl(f"tcp://{LOCALHOST}:*", num_ranks=config.world_size)
+    address = None if links is None else links.address
     if config.world_size == 1 and config.distributed_executor_backend != "mp":
-        worker = Worker(config, solo_mesh(device))
-        executor, num_blocks, ranks = InProcess(worker), worker.num_blocks, (worker.facts(),)
+        executor = InProcess(Worker(config, solo_mesh(device)), links=address)
     else:
-        processes = LocalProcesses(config, device=device)
-        executor, num_blocks, ranks = processes, processes.num_blocks, processes.ranks
-    scheduler = make_scheduler(config, max_model_len=max_model_len, num_blocks=num_blocks)
-    return Engine(scheduler, executor, ranks=ranks)
+        executor = LocalProcesses(config, device=device, links=address)
+    try:
+        if links is not None:
+            links.wait_ready(timeout_s=config.load_timeout_s, check=executor.check)
+    except BaseException:
+        executor.close()
+        raise
+    scheduler = make_scheduler(config, max_model_len=max_model_len, num_blocks=executor.num_blocks)
+    return Engine(scheduler, executor, ranks=executor.ranks, links=links)
 
 
 def local_devices(wanted: str) -> tuple[str, int]:
@@ -155,8 +176,12 @@ class InProcess:
     The others, if there are any, must run the same engine in lockstep: all then make the same plans.
     """
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, links: str | None = None) -> None:
+        """`links` is where its KV link finds the engine loop, if it shall have one."""
         self._worker = worker
+        self.num_blocks, self.ranks = worker.num_blocks, (worker.facts(),)
+        if links is not None:
+            worker.connect(control=links, host=LOCALHOST)
 
     def step(self, plan: StepPlan) -> StepResult:
         return self._worker.step(plan)
@@ -165,13 +190,14 @@ class InProcess:
         pass
 
     def close(self) -> None:
-        pass
+        self._worker.close()
 
 
 class LocalProcesses:
     """Satisfies `Executor` with one process per rank, which end with this one."""
 
-    def __init__(self, config: EngineConfig, *, device: str) -> None:
+    def __init__(self, config: EngineConfig, *, device: str, links: str | None = None) -> None:
+        """`links` is where KV links find the engine loop, if there shall be any."""
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-")
         size, port = config.world_size, free_port()
         self._channel = PlanSender(
@@ -194,10 +220,9 @@ class LocalProcesses:
             )
             for rank in range(size)
         ]
+        addresses = RankAddresses(plans=self._channel.address, links=links)
         try:
-            self._processes = spawn(
-                local_rank, args=[(config, spec, self._channel.address) for spec in specs]
-            )
+            self._processes = spawn(local_rank, args=[(config, spec, addresses) for spec in specs])
             ready = self._channel.wait_for_ranks(timeout_s=config.load_timeout_s)
             self.ranks, self.num_blocks = ready.ranks, ready.num_blocks
         except BaseException:

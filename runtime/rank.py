@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from paceline.parallel.launch import join, leave
 from paceline.parallel.rank import RankSpec
-from paceline.runtime.channel import PlanReceiver
+from paceline.runtime.channel import PlanReceiver, RankAddresses
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.types import StepResult
 from paceline.runtime.worker import Worker
@@ -17,14 +17,22 @@ logger = logging.getLogger(__name__)
 
 
 def run_rank(
-    config: EngineConfig, spec: RankSpec, address: str, *, alive: Callable[[], bool] = lambda: True
+    config: EngineConfig,
+    spec: RankSpec,
+    addresses: RankAddresses,
+    *,
+    host: str = "127.0.0.1",
+    alive: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Serve plans from `address` until told to stop or `alive` is false. Failures are told to the
-    coordinator."""
-    channel = PlanReceiver(address, rank=spec.rank)
+    """Serve plans until told to stop or `alive` is false. Failures are told to the coordinator.
+    `host` is where other engines reach this rank's KV link."""
+    channel = PlanReceiver(addresses.plans, rank=spec.rank)
+    worker = None
     try:
         try:
             worker = Worker(config, join(spec))
+            if addresses.links is not None:
+                worker.connect(control=addresses.links, host=host)
         except (
             Exception
         ) as error:  # whatever it is, the coordinator must hear of it rather than wait
@@ -42,11 +50,13 @@ def run_rank(
             if spec.rank == 0:
                 channel.answer(result)
     finally:
+        if worker is not None:
+            worker.close()
         channel.close()
         leave()
 
 
-def local_rank(config: EngineConfig, spec: RankSpec, address: str) -> None:
+def local_rank(config: EngineConfig, spec: RankSpec, addresses: RankAddresses) -> None:
     """A rank in a process of its own, which ends when its parent does."""
     parent = os.getppid()
-    run_rank(config, spec, address, alive=lambda: os.getppid() == parent)
+    run_rank(config, spec, addresses, alive=lambda: os.getppid() == parent)

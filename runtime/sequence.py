@@ -38,6 +38,8 @@ class Sequence:
     """Where the n-gram drafter is used."""
     sample: SampleState | None = None
     """On the rank that decides."""
+    slot: int | None = None
+    """Where on the board its progress is marked, if another engine waits for its KV."""
     error: str | None = None
     """Why it cannot be served, found where its tokens are chosen."""
 

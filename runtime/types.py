@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 """Raised by one whenever a type below changes its meaning; both ends of a channel compare it."""
 
 
@@ -119,6 +119,43 @@ class SamplingParams(WireType, frozen=True, kw_only=True, omit_defaults=True):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+class TokenLogprobs(WireType, frozen=True, kw_only=True):
+    """One position's log-probabilities under the target, before any sampling parameter, as in
+    vLLM."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most probable token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens, best first, as many as were asked for."""
+
+
+class KvProduce(WireType, frozen=True, kw_only=True):
+    """Read the prompt, draw one token, and hold the KV for another engine to fetch."""
+
+    transfer_id: str
+    lease_s: float
+    """How long to hold it for a consumer that is not heard of."""
+    read_draft: bool = True
+    """Whether the drafter reads the prompt too, so that its KV can be fetched."""
+
+
+class KvFetch(WireType, frozen=True, kw_only=True):
+    """Fetch the prompt's KV and the first token instead of computing them."""
+
+    transfer_id: str
+    addresses: tuple[str, ...]
+    """`host:port` of the KV links of the engine that reads the prompt, by rank."""
+    lease_s: float
+    timeout_s: float
+    """A fetch that takes longer has failed."""
+    fetch_draft: bool = True
+    """Whether the drafter's KV is fetched too, where it is there, or rebuilt here by an exact pass."""
+    recompute: bool = True
+    """Whether a prompt whose KV cannot be had is read here; else its request ends in an error."""
+
+
 class Request(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """One prompt to continue once: `n` texts are as many requests."""
 
@@ -137,6 +174,34 @@ class Request(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """Lower is served first, as in vLLM."""
     cache_salt: str = ""
     """Requests share cached prefixes only with those of the same salt."""
+    session_id: str = ""
+    """Requests of one session go to one engine while it can take them."""
+    output_token_ids: tuple[int, ...] = ()
+    """What it had written on an engine that is gone. It goes on from there: deltas have what follows."""
+    produce: KvProduce | None = None
+    fetch: KvFetch | None = None
+
+
+class Handover(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """What goes with the KV of a prompt that was read elsewhere: all that choosing the next token
+    needs.
+
+    The state of sampling follows from the request and its tokens (`sampling/batch.py`): noise is
+    hashed from seed and position, penalties count tokens, a grammar is walked along them. So seed and
+    position are the exact state, and the consumer compares both with its own.
+    """
+
+    token_ids: tuple[int, ...]
+    """Drawn from the prompt's last row: one token."""
+    seed: int
+    position: int
+    """Of the next token to be drawn: the length of prompt and text so far."""
+    draft_exact: int = 0
+    """Leading tokens whose drafter KV is exact and can be fetched."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the producer had read before."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 DrafterName = Literal["draft_model", "ngram"]
@@ -171,6 +236,11 @@ class ScheduledRequest(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """Tokens whose target KV is in the first blocks already; with `request` only."""
     num_draft_cached: int = 0
     """Tokens whose drafter KV is there, exact, already; with `request` only."""
+    slot: int | None = None
+    """Where on the board ranks say how far its KV is, if another engine waits for it; with
+    `request` only."""
+    generation: int = 0
+    """What to write there once the slot's marks are this request's."""
 
 
 class StepPlan(WireType, frozen=True, kw_only=True):
@@ -201,18 +271,6 @@ class StageTimes(WireType, frozen=True, kw_only=True, omit_defaults=True):
             draft_ms=self.draft_ms + other.draft_ms,
             verify_ms=self.verify_ms + other.verify_ms,
         )
-
-
-class TokenLogprobs(WireType, frozen=True, kw_only=True):
-    """One position's log-probabilities under the target, before any sampling parameter, as in
-    vLLM."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    """1 for the most probable token."""
-    top: tuple[tuple[int, float], ...] = ()
-    """The most probable tokens, best first, as many as were asked for."""
 
 
 class RequestResult(WireType, frozen=True, kw_only=True, omit_defaults=True):
@@ -299,6 +357,8 @@ class RequestMetrics(WireType, frozen=True, kw_only=True):
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+EngineRole = Literal["both", "prefill", "decode"]
+
 
 class TokenDelta(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one request. Exactly one delta of a request has a `finish_reason`, and it is
@@ -333,6 +393,38 @@ class StepStats(WireType, frozen=True, kw_only=True):
     """Drafts chosen for each request that drafted."""
 
 
+class KvLinks(WireType, frozen=True, kw_only=True):
+    """Where an engine's KV can be fetched. Empty until every rank's link serves."""
+
+    addresses: tuple[str, ...] = ()
+    """`host:port` by rank."""
+    fingerprint: dict[str, str] = {}
+    """What must be equal on both sides of a transfer, by name."""
+
+
+class TransferTotals(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """KV transfers since the engine started, and those under way."""
+
+    producing: int = 0
+    """Requests whose blocks are being filled or held for another engine."""
+    fetching: int = 0
+    """Requests whose blocks are reserved and being filled from another engine."""
+    produced: int = 0
+    fetched: int = 0
+    failed: int = 0
+    """Fetches that had to be computed here instead."""
+    expired: int = 0
+    """Leases that ended without a consumer."""
+    fetched_tokens: int = 0
+    num_bytes: int = 0
+    """Received."""
+    seconds: float = 0.0
+    unoverlapped_s: float = 0.0
+    stall_s: float = 0.0
+    num_resumed: int = 0
+    num_corrupt: int = 0
+
+
 class EngineStatus(WireType, frozen=True, kw_only=True):
     """How the engine is. Counts are totals since it started."""
 
@@ -360,3 +452,15 @@ class EngineStatus(WireType, frozen=True, kw_only=True):
     """Those since the last status, the latest thousand at most."""
     ranks: tuple[str, ...] = ()
     """What each rank said of itself when it had loaded."""
+    waiting_tokens: int = 0
+    """Prompt tokens of waiting and running requests that are still to be read here."""
+    stored_blocks: tuple[bytes, ...] = ()
+    """Hashes of blocks that can be found since the last status; see `schedule/prefix.py`."""
+    removed_blocks: tuple[bytes, ...] = ()
+    """Those that no longer can."""
+    links: KvLinks = KvLinks()
+    transfers: TransferTotals = TransferTotals()
+    engine_id: str = ""
+    role: EngineRole = "both"
+    members: tuple[EngineStatus, ...] = ()
+    """Where several engines serve together: each; the numbers above are then sums."""

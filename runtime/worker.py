@@ -17,6 +17,7 @@ Letters: T rows of the target's pass, P rows whose logits are wanted, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -45,6 +46,7 @@ from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.spec.ngram_drafter import NgramDrafter
 from paceline.runtime.spec.tree import DraftTree
 from paceline.runtime.spec.verify import accepted_of_chain, verify_point_mass, verify_sampled
+from paceline.runtime.transfer.rank import KvLink
 from paceline.runtime.types import (
     DrafterName,
     Request,
@@ -110,7 +112,7 @@ class Worker:
         """`loaded` are models already on this rank, for several workers to use in turn."""
         self.mesh = mesh
         self._config = config
-        models = loaded or load(config, mesh)
+        self._models = models = loaded or load(config, mesh)
         self.target = models.target
         self.num_blocks = models.num_blocks
         self._grammars = models.grammars
@@ -120,11 +122,23 @@ class Worker:
         self._rejects = spec is not None and spec.verification == "rejection"
         self._calibration = Calibration(spec.calibration) if spec else Calibration.NEVER
         self._grouped = models.grouped
+        self._link: KvLink | None = None
         self._drafters: dict[DrafterName, Drafter] = {}
         if models.draft_model is not None:
             self._drafters["draft_model"] = models.draft_model
         if spec is not None and spec.method in ("ngram", "combined"):
             self._drafters["ngram"] = NgramDrafter()
+
+    def connect(self, *, control: str, host: str) -> None:
+        """Start this rank's KV link, so that other engines can follow what is computed here.
+        `control` is the engine loop's address, `host` ours."""
+        rank = self.mesh.rank
+        self._link = KvLink(self._config, self._models, rank=rank, control=control, host=host)
+
+    def close(self) -> None:
+        """End the KV link, if there is one. Safe to call twice."""
+        if self._link is not None:
+            self._link.close()
 
     def facts(self) -> str:
         """One line for a person: where this rank runs and what it holds."""
@@ -147,6 +161,7 @@ class Worker:
         if not feeds:
             return StepResult(step=plan.step)
         times = self._draft(feeds)
+        self._mark_drafter(feeds)
         clock = StageClock(self.mesh.device)
         logits_PV = self._target_pass(feeds)
         self._emit(feeds, logits_PV)
@@ -184,6 +199,7 @@ class Worker:
             ),
             sinks=self._config.kv_sink_tokens if keeps_window else 0,
             window=self._config.kv_window if keeps_window else 0,
+            slot=scheduled.slot,
         )
         if "ngram" in self._drafters and request.num_draft_tokens != 0:
             spec = self._config.speculative_config
@@ -192,6 +208,13 @@ class Worker:
                 sequence.token_ids,
                 min_length=spec.prompt_lookup_min,
                 max_length=spec.prompt_lookup_max,
+            )
+        if self._link is not None and scheduled.slot is not None:
+            self._link.begin(
+                scheduled.slot,
+                scheduled.generation,
+                num_cached=scheduled.num_cached,
+                num_draft_cached=cached,
             )
         if self.mesh.rank0:
             self._rank0_begin(sequence, scheduled.output_token_ids)
@@ -266,13 +289,30 @@ class Worker:
             wanted.extend(range(first, first + feed.prompt_rows))
             if feed.emits:
                 wanted.extend(range(first + feed.scheduled.num_tokens - 1, len(token_ids)))
-        rows = self.target.rows(self.target.tokens(token_ids), segments)
+        rows = self.target.rows(
+            self.target.tokens(token_ids), segments, written=self._follower(feeds)
+        )
         h_TE = self.target.decoder.exact(rows)
         if not wanted:
             return h_TE.new_zeros(0, len(self.target.decoder.vocabulary))
         if len(wanted) < len(token_ids):
             h_TE = h_TE[torch.tensor(wanted, device=h_TE.device)]
         return self.target.decoder.logits(h_TE)
+
+    def _follower(self, feeds: list[Feed]) -> Callable[[int], None] | None:
+        """What tells the KV link of each layer, where another engine waits for one of these."""
+        followed = [feed for feed in feeds if feed.sequence.slot is not None]
+        if self._link is None or not followed:
+            return None
+        slots = [feed.sequence.slot for feed in followed if feed.sequence.slot is not None]
+        return self._link.follow(slots, [feed.reading.end for feed in followed])
+
+    def _mark_drafter(self, feeds: list[Feed]) -> None:
+        """Tell the KV link how far the drafter has read what another engine waits for."""
+        for feed in feeds if self._link is not None else ():
+            sequence = feed.sequence
+            if self._link is not None and sequence.slot is not None and feed.reads("draft_model"):
+                self._link.drafted(sequence.slot, sequence.draft_rows.exact)
 
     def _emit(self, feeds: list[Feed], logits_PV: Tensor | None) -> None:
         """Choose the tokens of every feed that emits, on rank 0, and tell all ranks."""

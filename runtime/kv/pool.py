@@ -17,12 +17,18 @@ by copying.
 from __future__ import annotations
 
 import array
+import contextlib
 import math
+import mmap
+import os
+import weakref
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from paceline.runtime.errors import ConfigError
 
 TILE = 16
 """Tokens that lie transposed together: one vector of float32."""
@@ -40,17 +46,29 @@ class KvPool:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        shared: bool = False,
     ) -> None:
-        """`units[g]` is how many (layer, KV head) pairs group g has on this rank."""
+        """`units[g]` is how many (layer, KV head) pairs group g has on this rank.
+
+        A `shared` pool lies in a memfd, for other processes to map. Raises ConfigError where there
+        is none to be had.
+        """
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.head_dim = head_dim
         assert block_size % TILE == 0, f"expected blocks of whole tiles, found {block_size}"
         shape = (num_blocks, block_size // TILE)
         width = 2 * TILE * head_dim
-        self.groups = [
-            _zeros((*shape, count, width), dtype=dtype, device=device) for count in units
-        ]
+        shapes = [(*shape, count, width) for count in units]
+        self.shared: SharedMemory | None = None
+        if shared:
+            self.shared = SharedMemory([math.prod(s) * dtype.itemsize for s in shapes], device)
+            self.groups = [
+                torch.from_numpy(part).view(dtype).view(s)
+                for part, s in zip(self.shared.parts, shapes, strict=True)
+            ]
+        else:
+            self.groups = [_zeros(s, dtype=dtype, device=device) for s in shapes]
 
     def keys(self, group: int) -> Tensor:
         """`[U, blocks, I, D, 16]`: a view, to read and to write."""
@@ -65,8 +83,50 @@ class KvPool:
         return part.view(*pages.shape[:3], TILE, self.head_dim).permute(2, 0, 1, 3, 4)
 
     @property
+    def memfd(self) -> int:
+        """Of a shared pool. Whoever maps it needs `mapped_bytes` of it, and `shared.offsets`."""
+        assert self.shared is not None, "expected a shared pool"
+        return self.shared.fd
+
+    @property
+    def mapped_bytes(self) -> int:
+        assert self.shared is not None, "expected a shared pool"
+        return self.shared.num_bytes
+
+    @property
     def num_bytes(self) -> int:
         return sum(group.numel() * group.element_size() for group in self.groups)
+
+
+class SharedMemory:
+    """A pool's memory as a memfd: a file that no file system has, gone with the last process that
+    maps it."""
+
+    def __init__(self, sizes: list[int], device: torch.device) -> None:
+        """One part for each group of so many bytes, each on pages of its own."""
+        if device.type != "cpu":
+            raise ConfigError(
+                f"KV in the memory of {device} cannot be sent to another engine: nothing copies it to "
+                "shared memory yet; run with device cpu, or without kv_transfer_config"
+            )
+        self.offsets: list[int] = []
+        self.num_bytes = 0
+        for size in sizes:
+            self.offsets.append(self.num_bytes)
+            self.num_bytes += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        if not hasattr(os, "memfd_create"):
+            raise ConfigError(
+                "KV can be sent to another engine from Linux only: there is no memfd here"
+            )
+        self.fd = os.memfd_create("paceline-kv", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd)
+        self.num_bytes = max(self.num_bytes, mmap.PAGESIZE)  # a rank may hold nothing
+        os.ftruncate(self.fd, self.num_bytes)
+        memory = mmap.mmap(self.fd, self.num_bytes)
+        with contextlib.suppress(OSError):  # kernels without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        whole = np.frombuffer(memory, dtype=np.uint8)
+        self.parts = [whole[at : at + size] for at, size in zip(self.offsets, sizes, strict=True)]
 
 
 def _zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:

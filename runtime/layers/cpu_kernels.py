@@ -9,24 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from paceline.runtime.native import LOAD_ERRORS, function, library_path, load_library
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno")
-BUILD_TIMEOUT_S = 120.0
 
 _P, _I, _F, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
 _FUNCTIONS = {
@@ -69,7 +62,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._attend, self._add_rms, self._swiglu = (
             {
-                tuple(_BY_NAME[part] for part in form.split("_")): _function(
+                tuple(_BY_NAME[part] for part in form.split("_")): function(
                     library, f"{name}_{form}", signature
                 )
                 for form in forms
@@ -142,51 +135,14 @@ def supports(device: torch.device, *dtypes: torch.dtype, head_dim: int = 16) -> 
 def load_kernels() -> Kernels | None:
     """The kernels, compiled on first use (two seconds); None, said once, where they cannot be."""
     try:
-        path = _library_path()
-        if not path.exists():
-            _build(path)
-        return Kernels(ctypes.CDLL(str(path)))
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        return Kernels(load_library(SOURCE))
+    except LOAD_ERRORS as error:
         logger.warning("no compiled CPU kernels (%s); using torch, which is slower", error)
         return None
 
 
 def _library_path() -> Path:
-    """One file per source, flags and processor."""
-    facts = (SOURCE.read_bytes(), " ".join(FLAGS), platform.processor(), _cpu_flags())
-    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "paceline" / f"cpu_kernels-{name}.so"
-
-
-def _cpu_flags() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _build(path: Path) -> None:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise OSError("no C++ compiler")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # ranks may build at once
-        made = Path(folder) / path.name
-        command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(made), str(SOURCE)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
-        )
-        if done.returncode != 0:
-            raise OSError((done.stderr.strip().splitlines() or ["compiler failed"])[0])
-        made.replace(path)
-
-
-def _function(library: ctypes.CDLL, name: str, signature: tuple[type, ...]) -> Callable[..., None]:
-    function = getattr(library, name)
-    function.argtypes, function.restype = signature, None
-    return function  # type: ignore[no-any-return]
+    return library_path(SOURCE)
 
 
 if __name__ == "__main__":

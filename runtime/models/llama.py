@@ -199,8 +199,10 @@ class Decoder:
         """The model as it was trained, one layer after another: `[T, E]` before the final norm."""
         h_TE, delta_TE = self.embed(rows), None
         for group in self.groups:
-            for layer in range(len(group.layers)):
+            for layer, number in enumerate(group.layers):
                 delta_TE = self.exact_layer(h_TE, delta_TE, group, layer, rows=rows)
+                if rows.written is not None:
+                    rows.written(number)
         return h_TE if delta_TE is None else h_TE + delta_TE
 
     def exact_layer(

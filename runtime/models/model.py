@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,8 +27,10 @@ class Model:
         kv_dtype: torch.dtype,
         device: torch.device,
         use_kernels: bool = True,
+        shared: bool = False,
     ) -> None:
-        """`use_kernels` false computes with torch alone, on a CPU too."""
+        """`use_kernels` false computes with torch alone, on a CPU too. With `shared`, other processes
+        may map the pool."""
         self.decoder = decoder
         self.device = device
         self.pool = KvPool(
@@ -38,6 +40,7 @@ class Model:
             block_size=block_size,
             dtype=kv_dtype,
             device=device,
+            shared=shared,
         )
         dtypes = {group.dtype for group in decoder.groups}
         self._native = (
@@ -57,8 +60,15 @@ class Model:
         """`[T]` int64 on the model's device."""
         return torch.tensor(token_ids, dtype=torch.int64, device=self.device)
 
-    def rows(self, token_ids_T: Tensor, segments: Sequence[Segment]) -> Rows:
-        """A packed pass over `token_ids_T`, segment after segment."""
+    def rows(
+        self,
+        token_ids_T: Tensor,
+        segments: Sequence[Segment],
+        *,
+        written: Callable[[int], None] | None = None,
+    ) -> Rows:
+        """A packed pass over `token_ids_T`, segment after segment. `written` is told of each layer
+        whose keys and values are in the pool."""
         return pack(
             token_ids_T,
             segments,
@@ -66,6 +76,7 @@ class Model:
             rope=self._rope,
             scale=self._scale,
             native=self._native,
+            written=written,
         )
 
 

@@ -36,7 +36,8 @@ class BlockPool:
     # OrderedDict hashes and allocates on every move, so the list is two arrays of neighbours, with
     # entry num_blocks as both its ends.
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, *, report: bool = False) -> None:
+        """With `report` the pool remembers which hashes come and go, for `take_changes`."""
         assert num_blocks > 0, f"expected at least one block, found {num_blocks}"
         self.num_blocks = num_blocks
         self.num_free = num_blocks
@@ -45,6 +46,7 @@ class BlockPool:
         self._hashes: list[BlockHash | None] = [None] * num_blocks
         self._draft_exact = bytearray(num_blocks)
         self._by_hash: dict[BlockHash, int] = {}
+        self._changes: dict[BlockHash, bool] | None = {} if report else None
         self._after = [*range(1, num_blocks + 1), 0]
         self._before = [num_blocks, *range(num_blocks)]
 
@@ -114,6 +116,17 @@ class BlockPool:
         self._by_hash[block_hash] = block
         self._hashes[block] = block_hash
         self._draft_exact[block] = draft_exact
+        if self._changes is not None:
+            self._changes[block_hash] = True
+
+    def take_changes(self) -> tuple[tuple[BlockHash, ...], tuple[BlockHash, ...]]:
+        """Hashes that can be found now and could perhaps not at the last call, and the reverse."""
+        changes = self._changes
+        if not changes:
+            return (), ()
+        self._changes = {}
+        stored = tuple(each for each, found in changes.items() if found)
+        return stored, tuple(each for each, found in changes.items() if not found)
 
     def holders(self, block: int) -> int:
         """How many hold a block. Mutates nothing."""
@@ -143,6 +156,8 @@ class BlockPool:
             del self._by_hash[block_hash]
             self._hashes[block] = None
             self._draft_exact[block] = 0
+            if self._changes is not None:
+                self._changes[block_hash] = False
 
     def _unlink(self, block: int) -> None:
         before, after = self._before[block], self._after[block]

@@ -3,8 +3,10 @@
              ┌───────────out of blocks: PREEMPTED───────────┐
              v                                              │
     ──add── WAITING ──a seat and its blocks: SCHEDULED──> RUNNING ──stop, length──> FINISHED
-               │                                            │                          ^
-               └───────────────────abort────────────────────┴──────────────────────────┘
+             │ │ ^                                         ^│                          ^
+             │ │ └─cannot be had─ FETCHING ──all in place──┘│                          │
+             │ └───a prompt that is read elsewhere──^ │     │                          │
+             └──────────────────────abort─────────────┴─────┴──────────────────────────┘
 
 Preempted, it keeps its tokens and loses its blocks; it then waits at its old place in the queue and
 reads its tokens again. Of its tokens, in the order of their positions:
@@ -22,9 +24,11 @@ from typing import NamedTuple
 from paceline.runtime.schedule.draft_length import DraftState
 from paceline.runtime.schedule.policy import KvPolicy
 from paceline.runtime.schedule.prefix import BlockHash
+from paceline.runtime.schedule.transfers import Transfer
 from paceline.runtime.types import (
     Event,
     FinishReason,
+    KvFetch,
     Request,
     RequestMetrics,
     StageTimes,
@@ -39,6 +43,7 @@ class State(enum.Enum):
     """Where in the drawing above."""
 
     WAITING = enum.auto()
+    FETCHING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
 
@@ -64,6 +69,8 @@ class RunningRequest:
     token_ids: list[int] = field(init=False)
     """The prompt, then the text."""
     num_prompt: int = field(init=False)
+    num_resumed: int = field(init=False)
+    """Tokens of the text that another engine wrote."""
     seen: int = 0
     draft_seen: int = 0
     """Leading tokens that the draft model has read, exactly or not."""
@@ -80,6 +87,10 @@ class RunningRequest:
     """Those that were registered with exact drafter rows."""
     announced: bool = False
     """Whether the ranks know it."""
+    fetch: KvFetch | None = field(init=False)
+    """Where its KV is to be had, until that has been tried."""
+    transfer: Transfer | None = None
+    """While its blocks are in the links' hands."""
     num_cached: int | None = None
     """Prompt tokens whose KV was there when it was first scheduled."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -96,8 +107,10 @@ class RunningRequest:
 
     def __post_init__(self) -> None:
         request = self.request
-        self.token_ids = list(request.prompt_token_ids)
-        self.num_prompt = len(self.token_ids)
+        self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
+        self.num_prompt = len(request.prompt_token_ids)
+        self.num_resumed = len(request.output_token_ids)
+        self.fetch = request.fetch
         ends = () if request.params.ignore_eos else request.eos_token_ids
         self._stop_ids = frozenset(ends) | frozenset(request.params.stop_token_ids)
 
@@ -108,6 +121,11 @@ class RunningRequest:
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing has been written here yet."""
+        return self.num_output == self.num_resumed
 
     @property
     def tokens_left(self) -> int:

@@ -50,10 +50,12 @@ from paceline.runtime.schedule.draft_length import (
 from paceline.runtime.schedule.policy import make_policies
 from paceline.runtime.schedule.prefix import extend_hashes, root_hash
 from paceline.runtime.schedule.request import GONE, RunningRequest, State
+from paceline.runtime.schedule.transfers import TransferBook, TransferEnd
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.types import (
     EngineStatus,
     Event,
+    Handover,
     Request,
     RequestResult,
     ScheduledRequest,
@@ -80,6 +82,8 @@ class Limits:
     sink_tokens: int = 4
     window: int = 1024
     priority_ageing_s: float = 30.0
+    num_slots: int = 0
+    """Requests whose KV can be offered to other engines at once; 0 for an engine without KV links."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +109,6 @@ class _Share:
     draft: DraftState | None = None
     read_draft: bool = False
     num_draft_tokens: int = 0
-    hit: PrefixHit | None = None
-    """Where its KV starts from, if the ranks do not know it yet."""
     length: int = 0
     """Its committed tokens."""
 
@@ -128,7 +130,9 @@ class Scheduler:
         self.limits = limits
         self._speculation = speculation
         self._clock = clock
-        self._pool = BlockPool(limits.num_blocks)
+        has_links = limits.num_slots > 0
+        self._pool = BlockPool(limits.num_blocks, report=has_links)
+        self.transfers = TransferBook(limits.num_slots)
         self._policies = make_policies(
             block_size=limits.block_size, sink_tokens=limits.sink_tokens, window=limits.window
         )
@@ -159,7 +163,7 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether to make another plan. One that only says who is finished is worth a step: the
         ranks hold what such requests had until they hear of it."""
-        return bool(self._requests or self._finished)
+        return bool(self._running or self._num_waiting or self._finished)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises PromptError if it could never run."""
@@ -170,12 +174,18 @@ class Scheduler:
             raise PromptError("the prompt is empty")
         if request.max_tokens < 1:
             raise PromptError(f"max_tokens must be at least 1, found {request.max_tokens}")
+        if len(request.output_token_ids) >= request.max_tokens:
+            raise PromptError(
+                f"{len(request.output_token_ids)} tokens are written already, max_tokens is "
+                f"{request.max_tokens}"
+            )
         if policy.bounded_by_context and total > limits.max_model_len:
             raise PromptError(
                 f"prompt and max_tokens make {total} tokens, the context holds {limits.max_model_len}"
             )
         if request.request_id in self._requests:
             raise PromptError(f"request id {request.request_id} is in use")
+        self._check_transfer(request)
         draft = self._draft_state(request)
         # the last token of a text is never fed; a window waits for a drafter that lags behind it
         behind = limits.window if draft is not None and draft.uses_model else 0
@@ -193,6 +203,19 @@ class Scheduler:
         self._requests[request.request_id] = running
         self._wait(running)
 
+    def _check_transfer(self, request: Request) -> None:
+        wanted = (request.produce, request.fetch)
+        if wanted == (None, None):
+            return
+        if self.limits.num_slots == 0:
+            raise PromptError("this engine has no kv_transfer_config and moves no KV")
+        if None not in wanted:
+            raise PromptError("a request either produces its KV for others or fetches it")
+        if not self._policies[request.params.kv_policy].shares_prefixes:
+            raise PromptError(f"the KV of kv_policy {request.params.kv_policy} stays where it is")
+        if any(each is not None and self.transfers.knows(each.transfer_id) for each in wanted):
+            raise PromptError(f"request {request.request_id}: its transfer id is in use")
+
     def abort(self, request_id: str) -> TokenDelta | None:
         """Drop a request wherever it is; its terminal delta, or None if it is not here. Its blocks
         are free at once, and the ranks forget it with the next plan."""
@@ -201,7 +224,7 @@ class Scheduler:
             return None
         if running.state is State.WAITING:
             self._num_waiting -= 1
-        self._end(running, now_s=self._clock())
+        self._end(running, now_s=self._clock(), reason="aborted")
         # the heap drops it when it comes up, or when most of the heap is such
         if len(self._waiting) > 2 * self._num_waiting + 64:
             self._waiting = [each for each in self._waiting if each[1].state is State.WAITING]
@@ -212,6 +235,7 @@ class Scheduler:
         """How things are. Its `steps` are those since the last call; the engine adds `ranks`."""
         totals, steps = self._totals, tuple(self._steps)
         self._steps.clear()
+        stored, removed = self._pool.take_changes()
         at_least = 0
         accepted_at_position = []
         for count in reversed(self._accepted[1:]):
@@ -234,6 +258,14 @@ class Scheduler:
             accepted=totals["accepted"],
             accepted_at_position=tuple(reversed(accepted_at_position)),
             steps=steps,
+            waiting_tokens=sum(
+                max(0, len(each.token_ids) - each.seen - 1)
+                for each in self._requests.values()
+                if each.fetch is None and each.state is not State.FETCHING
+            ),
+            stored_blocks=stored,
+            removed_blocks=removed,
+            transfers=self.transfers.totals(),
         )
 
     def check(self) -> None:
@@ -241,8 +273,10 @@ class Scheduler:
         in one place."""
         self._pool.check()
         held = Counter[int]()
-        for running in self._running:
+        fetching = [each for each in self._requests.values() if each.state is State.FETCHING]
+        for running in (*self._running, *fetching):
             held.update(block for block in running.blocks if block != GONE)
+        held.update(self.transfers.kept_blocks())
         for block in range(self.limits.num_blocks):
             assert self._pool.holders(block) == held[block], (
                 f"block {block} is in {held[block]} tables, {self._pool.holders(block)} hold it"
@@ -250,7 +284,9 @@ class Scheduler:
         assert all(a.key < b.key for a, b in pairwise(self._running)), (
             "running requests are not in the order of their keys"
         )
-        assert len(self._running) <= self._seats, f"{len(self._running)} run on {self._seats} seats"
+        num_seated = len(self._running) + len(fetching)
+        assert num_seated <= self._seats, f"{num_seated} run or will, on {self._seats} seats"
+        assert all(each.transfer is not None for each in fetching), "one fetches without a transfer"
         states = Counter(running.state for running in self._requests.values())
         assert states[State.RUNNING] == len(self._running), f"{states} but {len(self._running)} run"
         assert states[State.WAITING] == self._num_waiting, f"{states}, {self._num_waiting} wait"
@@ -337,7 +373,10 @@ class Scheduler:
                 num_tokens = self._fitting(running, min(num_tokens, free_rows))
                 while num_tokens == 0 and index == 0 and free_rows > 0:
                     # the best of all must go on: those after it make room
-                    self._preempt(self._running[-1], now_s=now_s)
+                    victim = self._victim()
+                    if victim is None:
+                        break
+                    self._preempt(victim, now_s=now_s)
                     num_tokens = self._fitting(running, min(length - running.seen, free_rows))
                 index += 1
                 if num_tokens == 0:
@@ -346,10 +385,15 @@ class Scheduler:
                 self._read(running, num_tokens)
                 continue
             if running.seen == held * block_size:
-                while pool.num_free == 0 and running.state is State.RUNNING:
-                    self._preempt(self._running[-1], now_s=now_s)
+                victim = self._victim() if pool.num_free == 0 else None
+                while pool.num_free == 0 and victim is not None:
+                    self._preempt(victim, now_s=now_s)
+                    victim = self._victim() if running.state is State.RUNNING else None
                 if running.state is not State.RUNNING:
                     break
+                if pool.num_free == 0:  # it goes on when the links give blocks back
+                    index += 1
+                    continue
                 running.blocks += pool.allocate(1)
             share = _Share(running, 1, held, length=length)
             if length > running.num_prompt:
@@ -363,6 +407,12 @@ class Scheduler:
             if draft is not None and draft.num_tokens:
                 share.num_draft_tokens = self._draft_blocks(share.running, draft.num_tokens)
         return free_rows
+
+    def _victim(self) -> RunningRequest | None:
+        """Whom to preempt: the worst key of those whose blocks are not in the links' hands, if there
+        is a better one to gain by it."""
+        candidates = [each for each in self._running if each.transfer is None]
+        return candidates[-1] if len(candidates) > 1 else None
 
     def _fitting(self, running: RunningRequest, num_tokens: int) -> int:
         """How many of its next tokens free blocks can take."""
@@ -384,7 +434,10 @@ class Scheduler:
         return share
 
     def _reads(self, running: RunningRequest) -> bool:
-        draft = running.draft
+        draft, produce = running.draft, running.request.produce
+        if produce is not None:
+            spec = self._speculation
+            return produce.read_draft and spec is not None and spec.method != "ngram"
         return (
             draft is not None
             and draft.uses_model
@@ -405,16 +458,20 @@ class Scheduler:
 
     def _admit(self, free_rows: int, *, now_s: float) -> None:
         """Let waiting requests run while there are rows, seats and blocks."""
-        while free_rows > 0 and self._num_waiting and len(self._running) < self._seats:
+        while self._num_waiting and self._num_seated < self._seats:
             running = self._waiting[0][1]
             if running.state is not State.WAITING:
                 heapq.heappop(self._waiting)
                 continue
+            if free_rows == 0 and running.fetch is None:
+                return
             blocked = self._blocked
-            if blocked is not None and self._running:
+            if blocked is not None and (self._running or self.transfers.holds_blocks):
                 tried, num_free = blocked
                 if tried is running and self._pool.num_free <= num_free:
                     return
+            if running.request.produce is not None and not self.transfers.has_slot:
+                return
             hit = self._find(running)
             length, num_cached = len(running.token_ids), len(hit.blocks) * self.limits.block_size
             num_tokens = min(length - num_cached, free_rows)
@@ -424,28 +481,157 @@ class Scheduler:
                 return
             heapq.heappop(self._waiting)
             self._num_waiting -= 1
-            running.state = State.RUNNING
             running.events.append((Event.SCHEDULED, now_s))
+            self._take_hit(running, hit)
+            if running.fetch is not None:
+                self._fetch(running, hit)
+                continue
+            running.state = State.RUNNING
             insort(self._running, running, key=lambda each: each.key)
-            self._pool.hold(hit.blocks)
-            running.blocks = list(hit.blocks)
-            running.seen = num_cached
-            running.num_registered = len(hit.blocks)
-            running.num_draft_registered = hit.num_draft_exact
-            running.draft_seen = hit.num_draft_exact * self.limits.block_size
-            running.draft_exact = running.draft_seen
-            if running.num_output and running.times_since is None:
-                running.times_since = self._times
-            if running.num_cached is None:
-                running.num_cached = num_cached
-                if self.limits.enable_prefix_caching and running.may_share:
-                    self._totals["queries"] += running.num_prompt
-                    self._totals["hits"] += num_cached
+            if running.request.produce is not None:
+                self._offer(running)
             num_tokens = self._fitting(running, num_tokens)
             assert num_tokens > 0, f"{running.request_id} was let in without room"
             free_rows -= num_tokens
-            share = self._read(running, num_tokens)
-            share.num_blocks, share.hit = 0, hit
+            self._read(running, num_tokens)
+
+    @property
+    def _num_seated(self) -> int:
+        return len(self._running) + self.transfers.num_fetching
+
+    def _take_hit(self, running: RunningRequest, hit: PrefixHit) -> None:
+        """Start from a prefix that is there."""
+        block_size = self.limits.block_size
+        self._pool.hold(hit.blocks)
+        running.blocks = list(hit.blocks)
+        running.seen = len(hit.blocks) * block_size
+        running.num_registered = len(hit.blocks)
+        running.num_draft_registered = hit.num_draft_exact
+        running.draft_seen = running.draft_exact = hit.num_draft_exact * block_size
+        if not running.is_first and running.times_since is None:
+            running.times_since = self._times
+        if running.num_cached is None:
+            running.num_cached = running.seen
+            if self.limits.enable_prefix_caching and running.may_share:
+                self._totals["queries"] += running.num_prompt
+                self._totals["hits"] += running.seen
+
+    # ------------------------------------------------------------------------- to and from elsewhere
+
+    def _offer(self, running: RunningRequest) -> None:
+        """Reserve all its blocks, and let another engine's links follow as they are filled."""
+        produce = running.request.produce
+        assert produce is not None
+        self._grow(running, len(running.token_ids))
+        running.transfer = self.transfers.offer(
+            produce, running.request_id, running.blocks, num_tokens=len(running.token_ids)
+        )
+
+    def _fetch(self, running: RunningRequest, hit: PrefixHit) -> None:
+        """Reserve all its blocks, and let the links fill those behind its cached prefix."""
+        fetch, draft, block_size = running.fetch, running.draft, self.limits.block_size
+        assert fetch is not None
+        self._grow(running, len(running.token_ids))
+        running.state = State.FETCHING
+        running.transfer = self.transfers.fetch(
+            fetch,
+            running.request_id,
+            running.blocks,
+            num_tokens=len(running.token_ids),
+            num_cached=len(hit.blocks) * block_size,
+            num_draft_cached=hit.num_draft_exact * block_size,
+            want_draft=fetch.fetch_draft and draft is not None and draft.uses_model,
+        )
+
+    def transferred(self, end: TransferEnd) -> list[TokenDelta]:
+        """The links are done with a transfer: its blocks are ours again."""
+        transfer = self.transfers.end(end)
+        if transfer is None:
+            return []
+        self._blocked = None
+        if transfer.kept is not None:
+            self._pool.release(transfer.kept)
+            return []
+        running = self._requests[transfer.request_id]
+        running.transfer = None
+        if transfer.producing:  # nobody waits for it any more
+            self._end(running, now_s=self._clock())
+            return [
+                TokenDelta(
+                    request_id=running.request_id,
+                    finish_reason="abort",
+                    metrics=running.metrics(),
+                )
+            ]
+        fetch, running.fetch = running.fetch, None
+        assert fetch is not None
+        error = end.error
+        if error is None:
+            error = self._mismatch(running, end.handover)
+        if error is None:
+            assert end.handover is not None
+            return [self._arrived(running, end.handover)]
+        self._release(running)
+        if fetch.recompute:
+            self._wait(running)
+            return []
+        running.state = State.WAITING  # it holds nothing
+        self._end(running, now_s=self._clock())
+        return [
+            TokenDelta(
+                request_id=running.request_id,
+                finish_reason="error",
+                error=f"the KV of its prompt could not be fetched: {error}",
+                metrics=running.metrics(),
+            )
+        ]
+
+    def _mismatch(self, running: RunningRequest, handover: Handover | None) -> str | None:
+        """Why this is not what the producer should have handed over; None if it is."""
+        if handover is None or len(handover.token_ids) != 1:
+            return "it came without its token"
+        position = len(running.token_ids) + 1
+        if (handover.seed, handover.position) != (running.request.seed, position):
+            return (
+                f"its sampler is at seed {handover.seed}, position {handover.position}, "
+                f"not at {running.request.seed}, {position}"
+            )
+        return None
+
+    def _arrived(self, running: RunningRequest, handover: Handover) -> TokenDelta:
+        """All of its prompt's KV is in place: it runs from here on, its next token known."""
+        running.state = State.RUNNING
+        insort(self._running, running, key=lambda each: each.key)
+        length = len(running.token_ids)
+        running.draft_exact = max(running.draft_exact, min(handover.draft_exact, length))
+        running.draft_seen = running.draft_exact
+        running.num_cached = handover.num_cached_tokens
+        if running.num_output == 0:
+            running.prompt_logprobs = list(handover.prompt_logprobs)
+        share = _Share(running, 0, 0, length=length)
+        drawn = RequestResult(
+            request_id=running.request_id,
+            token_ids=handover.token_ids,
+            logprobs=handover.logprobs,
+        )
+        return self._take(share, drawn, now_s=self._clock())
+
+    def _hand_over(self, running: RunningRequest, each: RequestResult) -> None:
+        """Its prompt is read: what the other engine needs to go on."""
+        transfer = running.transfer
+        assert transfer is not None, f"{running.request_id} was read for nobody"
+        self.transfers.complete(
+            transfer,
+            Handover(
+                token_ids=each.token_ids[:1],
+                seed=running.request.seed,
+                position=transfer.num_tokens + 1,
+                draft_exact=min(running.draft_exact, transfer.num_tokens),
+                num_cached_tokens=running.num_cached or 0,
+                logprobs=each.logprobs[:1],
+                prompt_logprobs=tuple(running.prompt_logprobs),
+            ),
+        )
 
     def _find(self, running: RunningRequest) -> PrefixHit:
         """The longest prefix it can start from. One token at least is left to feed: its logits are
@@ -458,7 +644,7 @@ class Scheduler:
 
     def _has_blocks(self, running: RunningRequest, hit: PrefixHit, num_tokens: int) -> bool:
         """Whether all its tokens fit beside those who run, and a block more for each of these."""
-        if not self._running:
+        if not self._running and not self.transfers.holds_blocks:
             return True
         window = self.limits.window
         behind = window if running.draft is not None and running.draft.uses_model else 0
@@ -474,8 +660,8 @@ class Scheduler:
         num_drafts = share.num_draft_tokens
         drafter = draft.drafter if num_drafts and draft is not None else "draft_model"
         blocks = running.blocks
-        new_blocks = tuple(blocks[share.num_blocks :]) if len(blocks) > share.num_blocks else ()
-        if share.hit is None:
+        if running.announced:
+            new_blocks = tuple(blocks[share.num_blocks :]) if len(blocks) > share.num_blocks else ()
             return ScheduledRequest(
                 request_id=running.request.request_id,
                 num_tokens=share.num_tokens,
@@ -485,15 +671,20 @@ class Scheduler:
                 new_blocks=new_blocks,
             )
         running.announced = True
+        transfer = running.transfer
         return ScheduledRequest(
             request_id=running.request.request_id,
             num_tokens=share.num_tokens,
+            num_draft_tokens=num_drafts,
+            drafter=drafter,
             read_draft=share.read_draft,
-            new_blocks=new_blocks,
+            new_blocks=tuple(blocks),
             request=running.request,
             output_token_ids=tuple(running.token_ids[running.num_prompt :]),
-            num_cached=len(share.hit.blocks) * self.limits.block_size,
-            num_draft_cached=share.hit.num_draft_exact * self.limits.block_size,
+            num_cached=running.seen,
+            num_draft_cached=running.draft_exact,
+            slot=None if transfer is None else transfer.slot,
+            generation=0 if transfer is None else transfer.generation,
         )
 
     # ---------------------------------------------------------------------------------- the answer
@@ -517,7 +708,7 @@ class Scheduler:
             if running.state is not State.RUNNING:
                 continue  # aborted while the step ran
             if each.error is not None:
-                self._end(running, now_s=now_s)
+                self._end(running, now_s=now_s, reason=each.error)
                 deltas.append(
                     TokenDelta(
                         request_id=each.request_id,
@@ -546,9 +737,11 @@ class Scheduler:
     def _take(self, share: _Share, each: RequestResult, *, now_s: float) -> TokenDelta:
         """A round's tokens: what is passed on of them."""
         running = share.running
-        is_first = running.num_output == 0
+        is_first = running.is_first
         if share.num_draft_tokens:
             self._learn(share, each)
+        if running.request.produce is not None:
+            self._hand_over(running, each)
         token_ids, end = running.append(each.token_ids)
         running.seen = len(running.token_ids) - 1
         self._settle(running)
@@ -557,7 +750,8 @@ class Scheduler:
         if draft is not None and draft.index is not None and end is None:
             index = draft.index
             index.extend(running.token_ids[len(index) :])
-        self._totals["generation"] += len(token_ids)
+        if running.request.produce is None:  # else it is counted where the text goes on
+            self._totals["generation"] += len(token_ids)
         if is_first:
             running.events.append((Event.FIRST_TOKEN, now_s))
             running.times_since = self._times
@@ -702,10 +896,15 @@ class Scheduler:
         running.num_registered = max(running.num_registered, num_full)
         running.num_draft_registered = max(running.num_draft_registered, num_exact)
 
-    def _release(self, running: RunningRequest) -> None:
-        """Free its blocks, the last first: heads of prefixes are of most use to others."""
+    def _release(self, running: RunningRequest, *, reason: str | None = None) -> None:
+        """Free its blocks, the last first: heads of prefixes are of most use to others. Those in the
+        links' hands are freed when these say so."""
         blocks = [block for block in reversed(running.blocks) if block != GONE]
-        self._pool.release(blocks)
+        if running.transfer is None:
+            self._pool.release(blocks)
+        else:
+            self.transfers.keep(running.transfer, blocks, reason=reason)
+            running.transfer = None
         if running.announced:
             self._finished.append(running.request_id)
         running.lose_blocks()
@@ -743,10 +942,14 @@ class Scheduler:
         self._release(running)
         self._wait(running)
 
-    def _end(self, running: RunningRequest, *, now_s: float) -> None:
+    def _end(self, running: RunningRequest, *, now_s: float, reason: str | None = None) -> None:
+        """With a `reason`, whoever waits for its KV is told so."""
         if running.state is State.RUNNING:
             self._running.remove(running)
-            self._release(running)
+        elif running.request.produce is not None:
+            self.transfers.refuse(running.request.produce.transfer_id, reason or "aborted")
+        if running.state is not State.WAITING:
+            self._release(running, reason=reason)
         running.state = State.FINISHED
         running.stop_clock(self._times)
         running.events.append((Event.FINISHED, now_s))
@@ -765,6 +968,9 @@ def make_scheduler(config: EngineConfig, *, max_model_len: int, num_blocks: int)
         sink_tokens=config.kv_sink_tokens,
         window=config.kv_window,
         priority_ageing_s=config.priority_ageing_s,
+        num_slots=0
+        if config.kv_transfer_config is None
+        else config.kv_transfer_config.max_transfers,
     )
     spec = config.speculative_config
     if spec is None:

@@ -15,7 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("runtime", "actors", "parallel", "proto")
 EMBEDDED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
-READ_AT_RUN_TIME = {"runtime/layers/cpu_kernels.cpp", "actors/frontends/page.html"}
+READ_AT_RUN_TIME = {
+    "runtime/layers/cpu_kernels.cpp",
+    "runtime/transfer/kernels.cpp",
+    "actors/frontends/page.html",
+}
 """Files that are no Python and that the package needs."""
 TALKS_TO_TORCH_DISTRIBUTED = {"parallel/collectives.py", "parallel/launch.py"}
 
@@ -101,7 +105,8 @@ def test_only_the_ends_of_grpc_import_proto() -> None:
     assert {
         path
         for path in found
-        if not path.startswith("runtime/client/") and path != "actors/frontends/grpc.py"
+        if not path.startswith(("runtime/client/", "runtime/transfer/"))
+        and path != "actors/frontends/grpc.py"
     } == set()
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from msgspec import inspect
 
 from paceline.runtime import channel, link, types
+from paceline.runtime.transfer import messages
 from paceline.runtime.types import (
     Event,
     RequestMetrics,
@@ -22,7 +23,7 @@ from paceline.runtime.types import (
 
 WIRE_TYPES = [
     each
-    for module in (types, channel, link)
+    for module in (types, channel, link, messages)
     for each in vars(module).values()
     if isinstance(each, type) and issubclass(each, WireType) and each.__module__ == module.__name__
     if each is not WireType
@@ -34,14 +35,20 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
     return of_kind(inspect.type_info(annotation))
 
 
-def of_kind(kind: inspect.Type) -> st.SearchStrategy[Any]:
+def of_kind(kind: inspect.Type, *, within: tuple[type, ...] = ()) -> st.SearchStrategy[Any]:
+    """A struct within itself (`within`) has no values, so that a list of it is empty."""
     match kind:
         case inspect.Metadata():
-            return of_kind(kind.type)
+            return of_kind(kind.type, within=within)
         case inspect.StructType():
-            return st.builds(kind.cls, **{f.name: of_kind(f.type) for f in kind.fields})
+            if kind.cls in within:
+                return st.nothing()
+            within = (*within, kind.cls)
+            fields = {f.name: of_kind(f.type, within=within) for f in kind.fields}
+            return st.builds(kind.cls, **fields)
         case inspect.VarTupleType():
-            return st.lists(of_kind(kind.item_type), max_size=3).map(tuple)
+            each = of_kind(kind.item_type, within=within)
+            return st.just(()) if each.is_empty else st.lists(each, max_size=3).map(tuple)
         case inspect.TupleType():
             return st.tuples(*(of_kind(each) for each in kind.item_types))
         case inspect.DictType():
@@ -54,7 +61,7 @@ def of_kind(kind: inspect.Type) -> st.SearchStrategy[Any]:
         case inspect.BytesType():
             return st.binary(min_size=kind.min_length or 0, max_size=kind.max_length or 8)
         case inspect.UnionType():
-            return st.one_of(*(of_kind(each) for each in kind.types))
+            return st.one_of(*(of_kind(each, within=within) for each in kind.types))
         case inspect.IntType():
             least = -(2**63) if kind.ge is None else kind.ge
             return st.integers(least, 2**63 - 1 if kind.le is None else kind.le)
@@ -79,16 +86,21 @@ def test_the_list_of_wire_types_is_whole() -> None:
     assert [each.__name__ for each in WIRE_TYPES] == [
         "StructuredOutputs",
         "SamplingParams",
+        "TokenLogprobs",
+        "KvProduce",
+        "KvFetch",
         "Request",
+        "Handover",
         "ScheduledRequest",
         "StepPlan",
         "StageTimes",
-        "TokenLogprobs",
         "RequestResult",
         "StepResult",
         "RequestMetrics",
         "TokenDelta",
         "StepStats",
+        "KvLinks",
+        "TransferTotals",
         "EngineStatus",
         "Hello",
         "Answer",
@@ -98,6 +110,14 @@ def test_the_list_of_wire_types_is_whole() -> None:
         "Abort",
         "Batch",
         "Lost",
+        "Offer",
+        "Complete",
+        "Withdraw",
+        "Fetch",
+        "Cancel",
+        "TransferStats",
+        "Ended",
+        "LinkReady",
     ]
 
 
@@ -112,7 +132,7 @@ def test_value_hashes_equal_after_messagepack(value: WireType) -> None:
     try:
         before = hash(value)
     except TypeError:
-        reject()  # it holds a mapping, `logit_bias`
+        reject()  # it holds a mapping, such as `logit_bias`
     assert hash(msgspec.msgpack.decode(msgspec.msgpack.encode(value), type=type(value))) == before
 
 

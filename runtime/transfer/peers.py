@@ -1,0 +1,159 @@
+"""The links of other engines, as a consumer knows them: their connections and what they said of
+themselves.
+
+    Peer ── control channel ──>  Describe, Open, Await, Renew, Release
+         ── channel per lane ──> Stream              each a TCP connection of its own
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from paceline.proto import kv_transfer_pb2 as pb
+from paceline.runtime.transfer.layout import (
+    PROTOCOL_MAJOR,
+    KvMismatchError,
+    ModelLayout,
+    ModelName,
+)
+from paceline.runtime.transfer.shm import SharedPools
+from paceline.runtime.transfer.wire import BASE_OPTIONS, SERVICE, layout_from_pb, parse
+
+OPTIONS = [
+    *BASE_OPTIONS,
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+DESCRIBE_S = 5.0
+PROBE_S = 1.0
+MAX_PEERS = 64
+
+M = TypeVar("M", bound=Message)
+
+
+class Description:
+    """What a peer says of itself, checked."""
+
+    def __init__(self, message: pb.DescribeResponse) -> None:
+        """Raises KvMismatchError for another protocol, ValueError for what cannot be."""
+        if message.protocol_major != PROTOCOL_MAJOR:
+            raise KvMismatchError(f"protocol {PROTOCOL_MAJOR} here, {message.protocol_major} there")
+        self.message = message
+        self.boot_id: int = message.boot_id
+        self.fingerprint = dict(message.fingerprint)
+        layouts = [layout_from_pb(each) for each in message.layouts]
+        self.layouts: dict[ModelName, ModelLayout] = {each.name: each for each in layouts}
+        if "target" not in self.layouts:
+            raise ValueError("a link that holds nothing of a target")
+
+
+class Peer:
+    """One address. Belongs to the event loop."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.num_users = 0
+        self.description: Description | None = None
+        """As of the last time it was asked; forgotten when it may have been started again."""
+        self.shared: SharedPools | None = None
+        """Its pools, where they are in this host's memory."""
+        self._control: grpc.aio.Channel | None = None
+        self._lanes: dict[int, grpc.aio.Channel] = {}
+
+    async def describe(self, consumer_id: str) -> Description:
+        if self.description is None:
+            request = pb.DescribeRequest(consumer_id=consumer_id)
+            answer = await self.call("Describe", request, pb.DescribeResponse, DESCRIBE_S)
+            self.description = Description(answer)
+        return self.description
+
+    async def call(self, method: str, request: Message, kind: type[M], timeout_s: float) -> M:
+        """Raises AioRpcError as gRPC does, ValueError for an answer that is none."""
+        if self._control is None:
+            self._control = self._channel(-1)
+        method_of = self._control.unary_unary(f"/{SERVICE}/{method}")
+        return parse(kind, await method_of(request.SerializeToString(), timeout=timeout_s))
+
+    def stream(self, lane: int, timeout_s: float) -> Any:
+        """A call of `Stream` on the lane's own connection: bytes both ways."""
+        channel = self._lanes.get(lane)
+        if channel is None:
+            channel = self._lanes[lane] = self._channel(lane)
+        return channel.stream_stream(f"/{SERVICE}/Stream")(timeout=timeout_s)
+
+    async def is_gone(self) -> bool:
+        """Whether its host says that nobody listens there. A link listens as long as it lives and is
+        never started again on the same port, so then it is dead."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            async with asyncio.timeout(PROBE_S):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        except ConnectionRefusedError:
+            return True
+        except (OSError, TimeoutError, ValueError):
+            return False
+        writer.close()
+        return False
+
+    def forget(self) -> None:
+        """It may have been started again."""
+        self.description = None
+        if self.shared is not None:
+            self.shared.close()
+            self.shared = None
+
+    async def close(self) -> None:
+        self.forget()
+        channels = [*self._lanes.values(), self._control]
+        self._lanes, self._control = {}, None
+        for channel in channels:
+            if channel is not None:
+                with contextlib.suppress(Exception):
+                    await channel.close()
+
+    def _channel(self, lane: int) -> grpc.aio.Channel:
+        options = [
+            *OPTIONS,
+            ("paceline.lane", lane),
+        ]  # channels of equal options share a connection
+        return grpc.aio.insecure_channel(self.address, options=options)
+
+
+class Peers:
+    """Those that were last talked to."""
+
+    def __init__(self) -> None:
+        self._peers: OrderedDict[str, Peer] = OrderedDict()
+
+    async def at(self, address: str) -> Peer:
+        """In use until `release`."""
+        peer = self._peers.get(address)
+        if peer is None:
+            peer = self._peers[address] = Peer(address)
+        self._peers.move_to_end(address)
+        peer.num_users += 1
+        idle = [each for each in self._peers.values() if not each.num_users]
+        for each in idle[: max(0, len(self._peers) - MAX_PEERS)]:
+            del self._peers[each.address]
+            await each.close()
+        return peer
+
+    async def release(self, peer: Peer, *, gone: bool = False) -> None:
+        peer.num_users -= 1
+        if gone and not peer.num_users and peer.address in self._peers:
+            del self._peers[peer.address]
+            await peer.close()
+
+    async def close(self) -> None:
+        for peer in self._peers.values():
+            await peer.close()
+        self._peers.clear()
