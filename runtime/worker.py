@@ -210,12 +210,7 @@ class Worker:
                 max_length=spec.prompt_lookup_max,
             )
         if self._link is not None and scheduled.slot is not None:
-            self._link.begin(
-                scheduled.slot,
-                scheduled.generation,
-                num_cached=scheduled.num_cached,
-                num_draft_cached=cached,
-            )
+            self._link.begin(scheduled.slot, scheduled.generation)
         if self.mesh.rank0:
             self._rank0_begin(sequence, scheduled.output_token_ids)
         return sequence
@@ -311,7 +306,7 @@ class Worker:
         """Tell the KV link how far the drafter has read what another engine waits for."""
         for feed in feeds if self._link is not None else ():
             sequence = feed.sequence
-            if self._link is not None and sequence.slot is not None and feed.reads("draft_model"):
+            if self._link is not None and sequence.slot is not None:
                 self._link.drafted(sequence.slot, sequence.draft_rows.exact)
 
     def _emit(self, feeds: list[Feed], logits_PV: Tensor | None) -> None:

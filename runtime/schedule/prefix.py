@@ -24,10 +24,10 @@ def root_hash(salt: str) -> BlockHash:
     return BlockHash(blake2b(salt.encode(), digest_size=_DIGEST_BYTES).digest())
 
 
-def block_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
-    """The hash of a full block, given that of the one before it. Ids are below 2**32."""
-    data = parent + array("I", token_ids).tobytes()
-    return BlockHash(blake2b(data, digest_size=_DIGEST_BYTES).digest())
+def block_hash(parent: BlockHash, ids: bytes) -> BlockHash:
+    """The hash of a full block, given that of the one before it; `ids` are its token ids as
+    unsigned 32-bit numbers."""
+    return BlockHash(blake2b(parent + ids, digest_size=_DIGEST_BYTES).digest())
 
 
 def extend_hashes(
@@ -35,6 +35,11 @@ def extend_hashes(
 ) -> None:
     """Append the hashes of the full blocks of `token_ids` that are not there yet."""
     parent = hashes[-1] if hashes else root
-    for index in range(len(hashes), len(token_ids) // block_size):
-        parent = block_hash(parent, token_ids[index * block_size : (index + 1) * block_size])
+    first, last = len(hashes), len(token_ids) // block_size
+    if first >= last:
+        return
+    ids = array("I", token_ids[first * block_size : last * block_size])
+    data, width = ids.tobytes(), block_size * ids.itemsize
+    for at in range(0, len(data), width):
+        parent = block_hash(parent, data[at : at + width])
         hashes.append(parent)

@@ -48,16 +48,16 @@ class Board:
     def nbytes(*, num_slots: int, num_layers: int, num_draft_layers: int) -> int:
         return 8 * (_HEAD + num_slots * (1 + num_layers + num_draft_layers))
 
-    def begin(self, slot: int, generation: int, *, num_cached: int, num_draft_cached: int) -> None:
-        """The slot is now another request's, of which so many tokens are written already.
+    def begin(self, slot: int, generation: int) -> None:
+        """The slot is now another request's, of which nothing is known to be written.
 
         The generation goes first and comes last: whoever reads it before and after a mark, and finds
         the same, has read a mark of that generation.
         """
         assert generation > 0, f"expected a positive generation, found {generation}"
         self._generations[slot] = 0
-        self.marks[slot] = num_cached
-        self.draft_marks[slot] = num_draft_cached
+        self.marks[slot] = 0
+        self.draft_marks[slot] = 0
         self._generations[slot] = generation
 
     def generation(self, slot: int) -> int:

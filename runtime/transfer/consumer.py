@@ -25,33 +25,29 @@ from paceline.proto import kv_transfer_pb2 as pb
 from paceline.runtime.config import KvTransferConfig
 from paceline.runtime.errors import EngineError
 from paceline.runtime.transfer.layout import (
-    MODELS,
     KvMismatchError,
     ModelName,
-    Share,
     differences,
-    plan,
 )
 from paceline.runtime.transfer.messages import Cancel, Ended, Fetch, TransferStats
 from paceline.runtime.transfer.pages import Pages
-from paceline.runtime.transfer.peers import Description, Peer, Peers
+from paceline.runtime.transfer.peers import (
+    AGAIN,
+    BrokenError,
+    Description,
+    Patience,
+    Peer,
+    Peers,
+    TransferError,
+    readable,
+)
 from paceline.runtime.transfer.planes import GrpcPlane, Plane, ShmPlane
-from paceline.runtime.transfer.receiving import BrokenError, Part, Progress, TransferError
+from paceline.runtime.transfer.receiving import Part, Progress, share_out
 from paceline.runtime.transfer.shm import SharedPools
 from paceline.runtime.transfer.wire import CODEC_IDS, code_of, handover_from_pb
 
 logger = logging.getLogger(__name__)
 
-AGAIN = frozenset(
-    (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.CANCELLED,
-    )
-)
-"""What a cut connection looks like. Other codes are answers."""
-BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 CALL_S = 5.0
 LATE_S = 1.0
 """Calls outlive the fetch's own deadline by so much, so that it is the one that says so."""
@@ -78,7 +74,8 @@ class Consumer:
         on_ended: Callable[[Ended], None],
         pause_s: float = 0.0,
     ) -> None:
-        """`num_ranks` are this engine's. `pause_s` is for tests: a reader that slow."""
+        """`num_ranks` are this engine's. `pause_s` is for tests: a reader that slow, until it
+        is set to another value."""
         self._pools = pools
         self._engine_id = engine_id
         self._rank = rank
@@ -86,7 +83,7 @@ class Consumer:
         self._fingerprint = dict(fingerprint)
         self._config = config
         self._on_ended = on_ended
-        self._pause_s = pause_s
+        self.pause_s = pause_s
         self._peers = Peers()
         self._fetches: dict[str, asyncio.Task[None]] = {}
         self._releases: set[asyncio.Task[None]] = set()
@@ -130,9 +127,9 @@ class Consumer:
         except TimeoutError:
             error = f"not complete after {fetch.timeout_s:g} s"
         except (EngineError, ValueError, grpc.aio.AioRpcError) as failure:
-            error = _readable(failure)
+            error = readable(failure)
         except BaseExceptionGroup as failures:
-            error = _readable(_first(failures))
+            error = readable(_first(failures))
         except asyncio.CancelledError:
             pass  # the task ends with this fetch: nobody awaits it
         except Exception as failure:
@@ -250,42 +247,13 @@ class Consumer:
             differing = differences(self._fingerprint, each.fingerprint)
             if differing:
                 raise KvMismatchError(f"{address}: {'; '.join(differing)}")
-        shares: list[dict[ModelName, list[Share]]] = [{} for _ in peers]
-        self._share_out("target", told, shares)
-        progress.draft_wanted = progress.fetch.want_draft and self._share_draft(told, shares)
+        shares, progress.draft_wanted = share_out(
+            progress, told, rank=self._rank, fingerprint=self._fingerprint
+        )
         return [Part(progress, peer, share) for peer, share in zip(peers, shares, strict=True)]
 
-    def _share_out(
-        self,
-        name: ModelName,
-        told: Sequence[Description],
-        shares: Sequence[dict[ModelName, list[Share]]],
-    ) -> None:
-        if name not in self._pools:
-            return
-        having = [r for r, each in enumerate(told) if name in each.layouts]
-        layouts = [told[r].layouts[name] for r in having]
-        for share in plan(self._pools[name].layout, layouts, rank=self._rank):
-            shares[having[share.producer]].setdefault(name, []).append(share)
-
-    def _share_draft(
-        self, told: Sequence[Description], shares: Sequence[dict[ModelName, list[Share]]]
-    ) -> bool:
-        """Whether the drafter's KV can be had: every rank comes to the same."""
-        draft = MODELS[1]
-        if any(differences(self._fingerprint, each.fingerprint, draft=True) for each in told):
-            return False
-        if not any(draft in each.layouts for each in told):
-            return False
-        try:
-            self._share_out(draft, told, shares)
-        except KvMismatchError as error:
-            logger.warning("the drafter's KV is not fetched: %s", error)
-            return False
-        return True
-
     async def _describe(self, peer: Peer, fetch: Fetch) -> Description:
-        patience = _Patience(peer, fetch.lease_s)
+        patience = Patience(peer, fetch.lease_s)
         while True:
             try:
                 return await peer.describe(self._engine_id)
@@ -297,7 +265,7 @@ class Consumer:
     async def _drive(self, part: Part, began_s: float) -> None:
         """Open one producer rank and take what it has, again and again until all is in place."""
         fetch = part.progress.fetch
-        patience = _Patience(part.peer, fetch.lease_s)
+        patience = Patience(part.peer, fetch.lease_s)
         while not part.complete:
             left_s = began_s + fetch.timeout_s - time.monotonic() + LATE_S
             plane = await self._plane(part)
@@ -381,7 +349,7 @@ class Consumer:
             raise TransferError(f"{part.peer.address} does not hold the transfer any more")
 
     async def _plane(self, part: Part) -> Plane:
-        grpc_plane = GrpcPlane(credit_bytes=self._config.credit_bytes, pause_s=self._pause_s)
+        grpc_plane = GrpcPlane(credit_bytes=self._config.credit_bytes, pause_s=lambda: self.pause_s)
         if self._config.data_plane == "grpc":
             return grpc_plane
         description = await self._describe(part.peer, part.progress.fetch)
@@ -410,32 +378,6 @@ class Consumer:
         progress.released = True
 
 
-class _Patience:
-    """How long a producer that breaks off is tried again: until its lease has run out anyway, or its
-    host says that it is dead."""
-
-    def __init__(self, peer: Peer, lease_s: float) -> None:
-        self._peer = peer
-        self._lease_s = lease_s
-        self._since: float | None = None
-        self._pause_s = BACKOFF_S
-
-    def answered(self) -> None:
-        self._since = None
-
-    async def after(self, error: BaseException) -> None:
-        """Wait before the next try. Raises TransferError where there is no use."""
-        now_s = time.monotonic()
-        if self._since is None:
-            self._since = now_s
-        unreachable = isinstance(error, grpc.aio.AioRpcError)
-        if unreachable and (now_s - self._since > self._lease_s or await self._peer.is_gone()):
-            self._peer.forget()
-            raise TransferError(f"{self._peer.address} is gone: {_readable(error)}") from None
-        await asyncio.sleep(self._pause_s)
-        self._pause_s = min(self._pause_s * 2, MAX_BACKOFF_S)
-
-
 def _cancel(task: asyncio.Task[None]) -> None:
     """After its first step: a task that is cancelled before never runs, and its end is never told."""
     asyncio.get_running_loop().call_soon(task.cancel)
@@ -446,7 +388,3 @@ def _first(failure: BaseException) -> BaseException:
     while isinstance(failure, BaseExceptionGroup):
         failure = failure.exceptions[0]
     return failure
-
-
-def _readable(error: BaseException) -> str:
-    return code_of(error) if isinstance(error, grpc.aio.AioRpcError) else str(error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import OrderedDict
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from paceline.proto import kv_transfer_pb2 as pb
+from paceline.runtime.errors import EngineError
 from paceline.runtime.transfer.layout import (
     PROTOCOL_MAJOR,
     KvMismatchError,
@@ -24,7 +26,7 @@ from paceline.runtime.transfer.layout import (
     ModelName,
 )
 from paceline.runtime.transfer.shm import SharedPools
-from paceline.runtime.transfer.wire import BASE_OPTIONS, SERVICE, layout_from_pb, parse
+from paceline.runtime.transfer.wire import BASE_OPTIONS, SERVICE, code_of, layout_from_pb, parse
 
 OPTIONS = [
     *BASE_OPTIONS,
@@ -33,11 +35,29 @@ OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+AGAIN = frozenset(
+    (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.CANCELLED,
+    )
+)
+"""What a cut connection looks like. Other codes are answers."""
+BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 DESCRIBE_S = 5.0
 PROBE_S = 1.0
 MAX_PEERS = 64
 
 M = TypeVar("M", bound=Message)
+
+
+class TransferError(EngineError):
+    """A fetch that cannot succeed any more."""
+
+
+class BrokenError(EngineError):
+    """A stream that ended before its time. The transfer may be taken up again."""
 
 
 class Description:
@@ -157,3 +177,33 @@ class Peers:
         for peer in self._peers.values():
             await peer.close()
         self._peers.clear()
+
+
+class Patience:
+    """How long a producer that breaks off is tried again: until its lease has run out anyway, or its
+    host says that it is dead."""
+
+    def __init__(self, peer: Peer, lease_s: float) -> None:
+        self._peer = peer
+        self._lease_s = lease_s
+        self._since: float | None = None
+        self._pause_s = BACKOFF_S
+
+    def answered(self) -> None:
+        self._since = None
+
+    async def after(self, error: BaseException) -> None:
+        """Wait before the next try. Raises TransferError where there is no use."""
+        now_s = time.monotonic()
+        if self._since is None:
+            self._since = now_s
+        unreachable = isinstance(error, grpc.aio.AioRpcError)
+        if unreachable and (now_s - self._since > self._lease_s or await self._peer.is_gone()):
+            self._peer.forget()
+            raise TransferError(f"{self._peer.address} is gone: {readable(error)}") from None
+        await asyncio.sleep(self._pause_s)
+        self._pause_s = min(self._pause_s * 2, MAX_BACKOFF_S)
+
+
+def readable(error: BaseException) -> str:
+    return code_of(error) if isinstance(error, grpc.aio.AioRpcError) else str(error)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc.aio
@@ -30,7 +31,8 @@ from paceline.runtime.transfer.frames import (
     decode_frame,
 )
 from paceline.runtime.transfer.layout import MODELS, PAGE, ModelName, Share
-from paceline.runtime.transfer.receiving import BrokenError, Part, TransferError
+from paceline.runtime.transfer.peers import BrokenError, TransferError
+from paceline.runtime.transfer.receiving import Part
 from paceline.runtime.transfer.shm import SharedPools
 from paceline.runtime.transfer.wire import num_pages
 
@@ -51,7 +53,7 @@ class GrpcPlane:
     name = "grpc"
     kind = pb.GRPC
 
-    def __init__(self, *, credit_bytes: int, pause_s: float = 0.0) -> None:
+    def __init__(self, *, credit_bytes: int, pause_s: Callable[[], float] = lambda: 0.0) -> None:
         """`pause_s` is for tests: how long to wait before each message is read."""
         self._credit_bytes = credit_bytes
         self._pause_s = pause_s
@@ -85,7 +87,7 @@ class _Lane:
         self._is_damaged = False
         self._placed: list[tuple[NDArray[np.bool_], int, int]] = []
 
-    async def run(self, credit_bytes: int, pause_s: float) -> None:
+    async def run(self, credit_bytes: int, pause_s: Callable[[], float]) -> None:
         # two frames at least, so that one can be under way while another is read
         window = max(credit_bytes, 2 * (self._frame_bytes() + HEADER_BYTES))
         await self._grant(window)
@@ -93,8 +95,8 @@ class _Lane:
         reading = asyncio.create_task(self._call.read())
         try:
             while True:
-                if pause_s:
-                    await asyncio.sleep(pause_s)
+                if wait_s := pause_s():
+                    await asyncio.sleep(wait_s)
                 body = await reading
                 if body is grpc.aio.EOF:
                     raise BrokenError("a stream ended without its last frame")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import functools
 import logging
 import mmap
 import os
@@ -22,8 +21,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import zmq
@@ -45,12 +43,17 @@ from paceline.runtime.transfer.messages import (
 from paceline.runtime.transfer.pages import Pages
 from paceline.runtime.types import WireType
 
+if TYPE_CHECKING:
+    from paceline.runtime.transfer.consumer import Consumer
+
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_EVERY_S = 0.2
 MAX_COMMAND_BYTES = 1 << 26
 FAULTS = "PACELINE_KV_FAULTS"
 """Names an environment variable with `Faults` as JSON; for tests and the fault benchmark."""
+SLOW_READ_S, SLOW_FOR_S = 0.1, 2.0
+"""How long a reader that was slowed down waits before each frame, and until when."""
 
 
 class PoolSpec(WireType, frozen=True, kw_only=True):
@@ -95,17 +98,48 @@ class Faults(WireType, frozen=True, kw_only=True):
     """One byte of every n-th frame that is sent; 0 for none."""
     slow_reader_s: float = 0.0
     """Waited before each frame that is read."""
+    on_signals: bool = False
+    """SIGUSR1: a byte of the next frame that is sent. SIGUSR2: a slow reader for `SLOW_FOR_S`."""
 
-    def tamper(self) -> Callable[[bytes], bytes] | None:
-        return functools.partial(_flip, self.flip_byte_every, [0]) if self.flip_byte_every else None
 
+class Saboteur:
+    """Does to a link what `Faults` says."""
 
-def _flip(every: int, count: list[int], body: bytes) -> bytes:
-    count[0] += 1
-    if count[0] % every:
-        return body
-    at = secrets.randbelow(len(body))
-    return body[:at] + bytes([body[at] ^ (1 << secrets.randbelow(8))]) + body[at + 1 :]
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+        self._num_frames = 0
+        self._flip_next = False
+
+    @property
+    def tampers(self) -> bool:
+        return bool(self._faults.flip_byte_every) or self._faults.on_signals
+
+    def tamper(self, body: bytes) -> bytes:
+        """What is sent instead of a frame."""
+        self._num_frames += 1
+        every = self._faults.flip_byte_every
+        if not self._flip_next and (not every or self._num_frames % every):
+            return body
+        self._flip_next = False
+        at = secrets.randbelow(len(body))
+        return body[:at] + bytes([body[at] ^ (1 << secrets.randbelow(8))]) + body[at + 1 :]
+
+    def obey_signals(self, loop: asyncio.AbstractEventLoop, consumer: Consumer) -> None:
+        if not self._faults.on_signals:
+            return
+
+        def flip() -> None:
+            self._flip_next = True
+
+        def slow_down() -> None:
+            consumer.pause_s = SLOW_READ_S
+            loop.call_later(SLOW_FOR_S, speed_up)
+
+        def speed_up() -> None:
+            consumer.pause_s = self._faults.slow_reader_s
+
+        loop.add_signal_handler(signal.SIGUSR1, flip)
+        loop.add_signal_handler(signal.SIGUSR2, slow_down)
 
 
 class _Link:
@@ -118,6 +152,7 @@ class _Link:
         from paceline.runtime.transfer.shm import advertise
 
         self._spec = spec
+        self._saboteur = Saboteur(faults)
         self._boot_id = secrets.randbits(63) | 1
         self._commands = msgspec.msgpack.Decoder(Command)
         self._encoder = msgspec.msgpack.Encoder()
@@ -149,7 +184,7 @@ class _Link:
             config=spec.config,
             on_ended=self._news.put_nowait,
             shared_memory=advertise(spec, self._board.nonce),
-            tamper=faults.tamper(),
+            tamper=self._saboteur.tamper if self._saboteur.tampers else None,
         )
         self._consumer = Consumer(
             pools=pools,
@@ -169,6 +204,7 @@ class _Link:
         loop.add_signal_handler(signal.SIGTERM, stopping.set)
         loop.add_signal_handler(signal.SIGINT, lambda: None)  # of a terminal: the rank decides
         loop.add_reader(self._spec.wakeup_fd, self._woken)
+        self._saboteur.obey_signals(loop, self._consumer)
         self._socket.connect(self._spec.control)
         port = await self._producer.start(self._spec.host)
         host = f"[{self._spec.host}]" if ":" in self._spec.host else self._spec.host

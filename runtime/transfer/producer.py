@@ -13,23 +13,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
-import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import grpc.aio
-import numpy as np
 from google.protobuf.message import Message
-from numpy.typing import NDArray
 
 from paceline.proto import kv_transfer_pb2 as pb
 from paceline.runtime.config import KvTransferConfig
 from paceline.runtime.errors import ConfigError, EngineError
-from paceline.runtime.transfer.bell import Bell
 from paceline.runtime.transfer.board import Board
 from paceline.runtime.transfer.codec import BY_ID
 from paceline.runtime.transfer.frames import encode_end
@@ -39,7 +32,8 @@ from paceline.runtime.transfer.layout import (
     ModelName,
     differences,
 )
-from paceline.runtime.transfer.messages import Complete, Ended, Offer, TransferStats, Withdraw
+from paceline.runtime.transfer.messages import Ended
+from paceline.runtime.transfer.offers import DELIVERED, MAX_LEASE_S, Offers, Refusal
 from paceline.runtime.transfer.pages import Pages
 from paceline.runtime.transfer.sending import Lane, Ticket
 from paceline.runtime.transfer.wire import (
@@ -51,9 +45,7 @@ from paceline.runtime.transfer.wire import (
     handover_to_pb,
     layout_to_pb,
     parse,
-    pool_pages,
 )
-from paceline.runtime.types import Handover
 
 logger = logging.getLogger(__name__)
 
@@ -65,54 +57,8 @@ OPTIONS = [
 ]
 MAX_WAIT_S = 3600.0
 """Of a call whose caller sets no deadline."""
-MAX_LEASE_S = 600.0
-MAX_WAITING = 4096
-"""Opens that wait for their offer."""
-MAX_REMEMBERED = 4096
-REMEMBER_S = 600.0
-"""How long it is known of a transfer that it is over: an Open that comes then is refused at once."""
 FIRST_CONTROL_S = 10.0
-LAST_WRITE_S = 1.0
-"""What a stream's last message gets once its transfer is over."""
 STOP_S = 1.0
-
-
-@dataclass(slots=True, kw_only=True)
-class _Transfer:
-    """An offer that has not ended."""
-
-    offer: Offer
-    pages: Mapping[ModelName, NDArray[np.int64]]
-    lease_s: float
-    began_s: float
-    heard_s: float
-    """When a consumer was last heard of."""
-    handover: Handover | None = None
-    tickets: dict[tuple[str, int], Ticket] = field(default_factory=dict)
-    released: set[tuple[str, int]] = field(default_factory=set)
-    timer: asyncio.TimerHandle | None = None
-    num_bytes: int = 0
-    stall_s: float = 0.0
-    num_resumed: int = 0
-    plane: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Past:
-    """A transfer that is over, or that will be when it is offered."""
-
-    why: str
-    until_s: float
-    done: frozenset[tuple[str, int]] = frozenset()
-    """Consumer ranks that had everything in time."""
-
-
-class Refusal(Exception):  # noqa: N818  it is no error here
-    """What a caller is told, as a status."""
-
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Producer:
@@ -135,13 +81,8 @@ class Producer:
     ) -> None:
         """`shared_memory` tells processes on this host where the pools are; None keeps them to this
         process. `tamper` is for tests: what it makes of a frame is sent instead."""
-        self._pools = pools
-        self._board = board
-        self._rank = rank
         self._boot_id = boot_id
         self._fingerprint = dict(fingerprint)
-        self._config = config
-        self._on_ended = on_ended
         self._tamper = tamper
         planes = [pb.GRPC] if shared_memory is None else [pb.GRPC, pb.SHARED_MEMORY]
         self._description = pb.DescribeResponse(
@@ -163,12 +104,13 @@ class Producer:
             codecs=[pb.Codec.ValueType(number) for number in BY_ID],
             shared_memory=shared_memory,
         )
-        self._transfers: dict[str, _Transfer] = {}
-        self._tickets: dict[int, Ticket] = {}
-        self._past: OrderedDict[str, _Past] = OrderedDict()
-        self._arrivals = Bell()
-        """Rings when a transfer is offered, or will not be."""
-        self._num_waiting = 0
+        self._offers = Offers(
+            pools, board, rank=rank, chunk_bytes=config.chunk_bytes, on_ended=on_ended
+        )
+        self.offer = self._offers.offer
+        self.complete = self._offers.complete
+        self.withdraw = self._offers.withdraw
+        self.progressed = self._offers.progressed
         self._server: grpc.aio.Server | None = None
 
     # --------------------------------------------------------------------------- the engine's side
@@ -187,134 +129,9 @@ class Producer:
         return int(port)
 
     async def stop(self) -> None:
-        for transfer_id in list(self._transfers):
-            self._end(transfer_id, "the producer's link is being stopped")
+        self._offers.end_all("the producer's link is being stopped")
         if self._server is not None:
             await self._server.stop(STOP_S)
-
-    def offer(self, offer: Offer) -> None:
-        """Ends at once where the blocks are none of the pool's, or where it is withdrawn already."""
-        now_s = time.monotonic()
-        if offer.transfer_id in self._transfers:
-            self._refuse(offer, "this transfer is offered already")
-            return
-        past = self._remembered(offer.transfer_id)
-        if past is not None:
-            self._refuse(offer, past.why)
-            return
-        try:
-            if not 0 <= offer.slot < len(self._board.marks):
-                raise ValueError(f"slot {offer.slot} of a board of {len(self._board.marks)}")
-            pages = {
-                name: pool_pages(offer.block_ids, pool.place, offer.num_tokens)
-                for name, pool in self._pools.items()
-            }
-        except ValueError as error:
-            self._remember(offer.transfer_id, str(error))
-            self._refuse(offer, str(error))
-            return
-        self._transfers[offer.transfer_id] = _Transfer(
-            offer=offer,
-            pages=pages,
-            lease_s=min(offer.lease_s, MAX_LEASE_S),
-            began_s=now_s,
-            heard_s=now_s,
-        )
-        self._arm(offer.transfer_id)
-        self._arrivals.ring()
-
-    def complete(self, complete: Complete) -> None:
-        transfer = self._transfers.get(complete.transfer_id)
-        if transfer is None:
-            return
-        transfer.handover = complete.handover
-        for ticket in transfer.tickets.values():
-            ticket.handover = complete.handover
-            ticket.bell.ring()
-
-    def withdraw(self, withdraw: Withdraw) -> None:
-        why = f"withdrawn: {withdraw.reason}"
-        if withdraw.transfer_id in self._transfers:
-            self._end(withdraw.transfer_id, why)
-        else:
-            self._remember(withdraw.transfer_id, why)
-
-    def progressed(self) -> None:
-        """Marks have risen."""
-        for ticket in self._tickets.values():
-            ticket.bell.ring()
-
-    def _refuse(self, offer: Offer, why: str) -> None:
-        self._on_ended(
-            Ended(rank=self._rank, transfer_id=offer.transfer_id, producing=True, error=why)
-        )
-
-    # ----------------------------------------------------------------------------------- their end
-
-    def _arm(self, transfer_id: str) -> None:
-        """Look again when the lease would run out."""
-        transfer = self._transfers[transfer_id]
-        left_s = transfer.heard_s + transfer.lease_s - time.monotonic()
-        if left_s <= 0:
-            self._end(
-                transfer_id,
-                f"lease expired: nothing was heard of the consumer for {transfer.lease_s:g} s",
-            )
-            return
-        loop = asyncio.get_running_loop()
-        transfer.timer = loop.call_later(left_s, self._arm, transfer_id)
-
-    def _end(self, transfer_id: str, error: str | None) -> None:
-        transfer = self._transfers.pop(transfer_id)
-        if transfer.timer is not None:
-            transfer.timer.cancel()
-        self._remember(transfer_id, error or "delivered", frozenset(transfer.released))
-        for ticket in transfer.tickets.values():
-            self._close(transfer, ticket, error or "delivered")
-        self._arrivals.ring()
-        self._on_ended(
-            Ended(
-                rank=self._rank,
-                transfer_id=transfer_id,
-                producing=True,
-                error=error,
-                stats=TransferStats(
-                    num_bytes=transfer.num_bytes,
-                    seconds=time.monotonic() - transfer.began_s,
-                    stall_s=transfer.stall_s,
-                    num_resumed=transfer.num_resumed,
-                    plane=transfer.plane,
-                ),
-            )
-        )
-
-    def _close(self, transfer: _Transfer, ticket: Ticket, why: str) -> None:
-        """From here on no frame of it is made."""
-        ticket.over = why
-        transfer.num_bytes += ticket.num_bytes
-        transfer.stall_s += ticket.stall_s
-        self._tickets.pop(ticket.number, None)
-        ticket.bell.ring()
-        loop = asyncio.get_running_loop()
-        for task in ticket.lanes.values():
-            loop.call_later(LAST_WRITE_S, task.cancel)  # of no effect on one that is done
-
-    def _remember(
-        self, transfer_id: str, why: str, done: frozenset[tuple[str, int]] = frozenset()
-    ) -> None:
-        now_s = time.monotonic()
-        self._past[transfer_id] = _Past(why=why, until_s=now_s + REMEMBER_S, done=done)
-        self._past.move_to_end(transfer_id)
-        while self._past:
-            oldest = next(iter(self._past.values()))
-            if len(self._past) <= MAX_REMEMBERED and oldest.until_s > now_s:
-                break
-            self._past.popitem(last=False)
-        self._arrivals.ring()
-
-    def _remembered(self, transfer_id: str) -> _Past | None:
-        past = self._past.get(transfer_id)
-        return past if past is not None and past.until_s > time.monotonic() else None
 
     # ------------------------------------------------------------------------ the consumer's calls
 
@@ -360,27 +177,7 @@ class Producer:
             raise ValueError(
                 f"consumer rank {request.consumer_rank} of {request.num_consumers} consumers"
             )
-        transfer = await self._offered(request.transfer_id, context)
-        consumer = (request.consumer_id, request.consumer_rank)
-        if consumer in transfer.released:
-            raise Refusal(grpc.StatusCode.NOT_FOUND, "this consumer has released it")
-        ticket = Ticket(
-            request,
-            number=secrets.randbits(63) | 1,
-            offer=transfer.offer,
-            pools=self._pools,
-            pool_pages=transfer.pages,
-            board=self._board,
-            chunk_bytes=min(request.max_chunk_bytes or self._config.chunk_bytes, MAX_CHUNK_BYTES),
-            num_lanes=max(1, min(request.num_lanes, MAX_LANES)),
-        )
-        earlier = transfer.tickets.pop(consumer, None)
-        if earlier is not None:
-            transfer.num_resumed += 1
-            self._close(transfer, earlier, "opened again")
-        ticket.handover = transfer.handover
-        transfer.tickets[consumer] = self._tickets[ticket.number] = ticket
-        self._renewed(ticket)
+        transfer, ticket = await self._offers.open(request, wait_s=_left_s(context))
         answer = pb.OpenResponse(
             boot_id=self._boot_id,
             ticket=ticket.number,
@@ -396,27 +193,9 @@ class Producer:
             answer.slot, answer.generation = transfer.offer.slot, transfer.offer.generation
         return answer
 
-    async def _offered(self, transfer_id: str, context: Any) -> _Transfer:
-        """Waits for the offer as long as the caller does."""
-        if self._num_waiting >= MAX_WAITING:
-            raise Refusal(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WAITING} calls wait for their offers"
-            )
-        self._num_waiting += 1
-        try:
-            async with asyncio.timeout(_left_s(context)):
-                while (transfer := self._transfers.get(transfer_id)) is None:
-                    past = self._remembered(transfer_id)
-                    if past is not None:
-                        raise Refusal(grpc.StatusCode.NOT_FOUND, past.why)
-                    await self._arrivals.wait()
-        finally:
-            self._num_waiting -= 1
-        return transfer
-
     async def _await(self, request: pb.AwaitRequest, context: Any) -> pb.AwaitResponse:
-        ticket = self._ticket(request.ticket)
-        self._renewed(ticket)
+        ticket = self._offers.ticket(request.ticket)
+        self._offers.renew(ticket)
         async with asyncio.timeout(_left_s(context)):
             while ticket.handover is None:
                 await ticket.bell.wait()
@@ -428,35 +207,14 @@ class Producer:
     async def _renew(self, request: pb.RenewRequest, _: Any) -> pb.RenewResponse:
         lost = []
         for number in request.tickets:
-            ticket = self._tickets.get(number)
-            if ticket is None:
+            try:
+                self._offers.renew(self._offers.ticket(number))
+            except Refusal:
                 lost.append(number)
-            else:
-                self._renewed(ticket)
         return pb.RenewResponse(lost=lost)
 
     async def _release(self, request: pb.ReleaseRequest, _: Any) -> pb.ReleaseResponse:
-        consumer = (request.consumer_id, request.consumer_rank)
-        transfer = self._transfers.get(request.transfer_id)
-        if transfer is None:
-            past = self._remembered(request.transfer_id)
-            if past is None and request.outcome == pb.ABORT:
-                self._remember(request.transfer_id, _aborted(request))
-            return pb.ReleaseResponse(known=past is not None and consumer in past.done)
-        if request.outcome == pb.ABORT:
-            self._end(request.transfer_id, _aborted(request))
-            return pb.ReleaseResponse(known=True, freed=True)
-        ticket = transfer.tickets.pop(consumer, None)
-        if ticket is None:
-            return pb.ReleaseResponse(known=consumer in transfer.released)
-        transfer.heard_s = time.monotonic()
-        transfer.released.add(consumer)
-        self._close(transfer, ticket, "delivered")
-        num_released = sum(name == consumer[0] for name, _ in transfer.released)
-        freed = num_released >= ticket.num_consumers
-        if freed:
-            self._end(request.transfer_id, None)
-        return pb.ReleaseResponse(known=True, freed=freed)
+        return self._offers.release(request)
 
     async def _stream(self, _: Any, context: Any) -> None:
         """One lane of one ticket: controls come in, frames go out."""
@@ -466,7 +224,7 @@ class Producer:
             if body is grpc.aio.EOF:
                 raise ValueError("a stream without a word")
             control = parse(pb.StreamControl, body)
-            ticket = self._ticket(control.ticket)
+            ticket = self._offers.ticket(control.ticket)
             if control.lane >= ticket.num_lanes or control.lane in ticket.lanes:
                 raise ValueError(f"lane {control.lane}, of {ticket.num_lanes}, or in use")
             task = asyncio.current_task()
@@ -494,7 +252,7 @@ class Producer:
         """All that is ready, until there will be no more. The lease is its deadline."""
         async with Writer(context) as writer:
             while True:
-                if ticket.over == "delivered":
+                if ticket.over == DELIVERED:
                     return
                 _check_open(ticket)
                 chunk = ticket.peek()
@@ -523,19 +281,8 @@ class Producer:
 
     def _credit(self, ticket: Ticket, lane: Lane, control: pb.StreamControl) -> None:
         lane.credit = min(lane.credit + control.credit_bytes, MAX_CREDIT_BYTES)
-        self._renewed(ticket)
+        self._offers.renew(ticket)
         ticket.bell.ring()
-
-    def _ticket(self, number: int) -> Ticket:
-        ticket = self._tickets.get(number)
-        if ticket is None:
-            raise Refusal(grpc.StatusCode.NOT_FOUND, "no such ticket, or not any more")
-        return ticket
-
-    def _renewed(self, ticket: Ticket) -> None:
-        transfer = self._transfers.get(ticket.offer.transfer_id)
-        if transfer is not None:
-            transfer.heard_s = time.monotonic()
 
 
 class Writer:
@@ -567,10 +314,6 @@ class Writer:
 def _check_open(ticket: Ticket) -> None:
     if ticket.over is not None:
         raise Refusal(grpc.StatusCode.NOT_FOUND, ticket.over)
-
-
-def _aborted(request: pb.ReleaseRequest) -> str:
-    return f"aborted by consumer: {request.reason or 'no reason given'}"
 
 
 def _code(error: Exception) -> grpc.StatusCode:

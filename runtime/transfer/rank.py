@@ -111,12 +111,10 @@ class KvLink:
         self._watcher.start()
         atexit.register(self.close)
 
-    def begin(self, slot: int, generation: int, *, num_cached: int, num_draft_cached: int) -> None:
-        """The slot's marks are from now on those of another request."""
-        self._board.begin(
-            slot, generation, num_cached=num_cached, num_draft_cached=num_draft_cached
-        )
-        self._ring()
+    def begin(self, slot: int, generation: int) -> None:
+        """The slot's marks are from now on those of another request. A cached prefix is not marked
+        before its first step: that very step may be writing it, for somebody else."""
+        self._board.begin(slot, generation)
 
     def follow(self, slots: Sequence[int], ends: Sequence[int]) -> Callable[[int], None]:
         """What a pass of the target is to call after each layer that has written these requests' KV

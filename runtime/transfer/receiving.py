@@ -7,31 +7,22 @@ frame, verified ──> Part.place: into the pool's reserved blocks ──> a bi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paceline.proto import kv_transfer_pb2 as pb
-from paceline.runtime.errors import EngineError
 from paceline.runtime.transfer.bell import Bell
 from paceline.runtime.transfer.codec import BY_ID
 from paceline.runtime.transfer.frames import Frame, FrameError
-from paceline.runtime.transfer.layout import MODELS, PAGE, ModelName, Share
+from paceline.runtime.transfer.layout import MODELS, PAGE, ModelName, Share, differences, plan
 from paceline.runtime.transfer.messages import Fetch
 from paceline.runtime.transfer.pages import Pages
-from paceline.runtime.transfer.peers import Peer
+from paceline.runtime.transfer.peers import Description, Peer, TransferError
 from paceline.runtime.transfer.wire import num_pages, pool_pages
 from paceline.runtime.types import Handover
-
-
-class TransferError(EngineError):
-    """A fetch that cannot succeed any more."""
-
-
-class BrokenError(EngineError):
-    """A stream that ended before its time. The transfer may be taken up again."""
 
 
 @dataclass(slots=True)
@@ -86,6 +77,39 @@ class Progress:
         if self.handover is None:
             self.handover = handover
             self.handover_s = time.monotonic()
+
+
+Shares = dict[ModelName, list[Share]]
+
+
+def share_out(
+    progress: Progress,
+    told: Sequence[Description],
+    *,
+    rank: int,
+    fingerprint: Mapping[str, str],
+) -> tuple[list[Shares], bool]:
+    """What each producer rank gives to consumer `rank`, and whether the drafter's KV can be had, on
+    which all ranks agree. Raises KvMismatchError."""
+    shares: list[Shares] = [{} for _ in told]
+
+    def share(name: ModelName) -> None:
+        if name not in progress.pools:
+            return
+        having = [r for r, each in enumerate(told) if name in each.layouts]
+        layouts = [told[r].layouts[name] for r in having]
+        for found in plan(progress.pools[name].layout, layouts, rank=rank):
+            shares[having[found.producer]].setdefault(name, []).append(found)
+
+    share("target")
+    have_draft = (
+        progress.fetch.want_draft
+        and any("draft" in each.layouts for each in told)
+        and not any(differences(fingerprint, each.fingerprint, draft=True) for each in told)
+    )
+    if have_draft:
+        share("draft")
+    return shares, have_draft
 
 
 class Part:

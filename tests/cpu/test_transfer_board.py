@@ -21,7 +21,8 @@ def memory() -> mmap.mmap:
 def test_a_reader_sees_marks_of_the_generation_it_was_told(memory: mmap.mmap) -> None:
     writer, reader = Board(memory, **GEOMETRY), Board(memory, **GEOMETRY)
     assert reader.read(1, 7) is None
-    writer.begin(1, 7, num_cached=32, num_draft_cached=16)
+    writer.begin(1, 7)
+    writer.marks[1], writer.draft_marks[1] = 32, 16
     writer.marks[1, 2] = 48
     writer.draft_marks[1, 0] = 33
     marks, draft = reader.read(1, 7), reader.read(1, 7, draft=True)
@@ -30,7 +31,7 @@ def test_a_reader_sees_marks_of_the_generation_it_was_told(memory: mmap.mmap) ->
     assert marks.tolist() == [32, 32, 48, 32]
     assert draft.tolist() == [33, 16]
     assert reader.read(1, 6) is None
-    writer.begin(1, 8, num_cached=0, num_draft_cached=0)
+    writer.begin(1, 8)
     assert reader.read(1, 7) is None
     assert reader.generation(1) == 8
     assert [reader.generation(slot) for slot in (0, 2)] == [0, 0]
@@ -41,7 +42,8 @@ def test_slots_and_words_do_not_overlap(memory: mmap.mmap) -> None:
     board.nonce = nonce
     board.beat()
     for slot in range(3):
-        board.begin(slot, 10 + slot, num_cached=20 + slot, num_draft_cached=30 + slot)
+        board.begin(slot, 10 + slot)
+        board.marks[slot], board.draft_marks[slot] = 20 + slot, 30 + slot
     again = Board(memory, **GEOMETRY)
     assert (again.nonce, again.heartbeat) == (nonce, 1)
     assert memory[16:32] == nonce, "expected where proto/README.md has it"
@@ -53,7 +55,7 @@ def test_slots_and_words_do_not_overlap(memory: mmap.mmap) -> None:
 def test_marks_are_seen_by_neither_generation_while_they_change(memory: mmap.mmap) -> None:
     """The writer is stopped after each of its writes, and a reader looks."""
     plain = Board(memory, **GEOMETRY)
-    plain.begin(0, 1, num_cached=16, num_draft_cached=0)
+    plain.begin(0, 1)
     seen: list[tuple[bool, bool]] = []
 
     class Watched(np.ndarray):  # type: ignore[type-arg]
@@ -64,7 +66,7 @@ def test_marks_are_seen_by_neither_generation_while_they_change(memory: mmap.mma
     writer = Board(memory, **GEOMETRY)
     for name in ("marks", "draft_marks", "_generations"):
         setattr(writer, name, getattr(writer, name).view(Watched))
-    writer.begin(0, 2, num_cached=0, num_draft_cached=0)
+    writer.begin(0, 2)
     assert seen == [(False, False)] * 3 + [(False, True)]
 
 

@@ -13,9 +13,13 @@ from msgspec import inspect
 from paceline.actors.cli import main
 from paceline.runtime.config import (
     EngineConfig,
+    FleetConfig,
+    KvTransferConfig,
     ServerConfig,
     SpeculativeConfig,
+    check_fleet,
     make_config,
+    make_fleet,
     parse_bytes,
     read_yaml,
 )
@@ -45,6 +49,7 @@ GENERATE_FLAGS = [
     "--priority-ageing-s",
     "--seed",
     "--speculative-config",
+    "--kv-transfer-config",
     "--device",
     "--distributed-executor-backend",
     "--disable-custom-all-reduce",
@@ -329,13 +334,78 @@ def test_missing_yaml_is_named(tmp_path: Path) -> None:
         read_yaml(str(tmp_path / "absent.yaml"))
 
 
+# ----------------------------------------------------------------------- engines that serve together
+
+
+def test_a_size_for_prefill_means_one_engine_that_does_it() -> None:
+    assert make_fleet({}) == FleetConfig()
+    assert make_fleet({"prefill-tensor-parallel-size": 2}).prefill_replicas == 1
+    assert make_fleet({"prefill_tensor_parallel_size": 2, "prefill_replicas": 3}).num_engines == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prefil_replicas": 1}, "did you mean prefill_replicas?"),
+        ({"decode_replicas": 0}, "decode_replicas: expected `int` >= 1"),
+        ({"routing_policy": "best"}, "routing_policy: invalid enum value 'best'"),
+        ({"prefill_tensor_parallel_size": 2, "prefill_replicas": 0}, "needs prefill_replicas"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused_by_name(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make_fleet(settings)
+
+
+VLLM_SHAPED = {
+    "kv_connector": "PacelineConnector",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "fail",
+    "kv_connector_extra_config": {"lanes": 4},
+}
+
+
+def test_a_kv_transfer_config_in_vllms_shape_means_the_same() -> None:
+    config = make_config({"kv_transfer_config": msgspec.json.encode(VLLM_SHAPED).decode()})
+    assert config.kv_transfer_config == KvTransferConfig(kv_load_failure_policy="fail", lanes=4)
+    check_fleet(make_fleet({"prefill_replicas": 1}), config)
+    for alias, role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
+        found = make_config({"kv_transfer_config": {"kv_role": alias}}).kv_transfer_config
+        assert found == KvTransferConfig(kv_role=role)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["NixlConnector", "MooncakeConnector", "paceline"])
+def test_another_projects_connector_is_refused_with_the_name_of_ours(name: str) -> None:
+    line = refusal({"kv_transfer_config": {"kv_connector": name}})
+    assert name in line
+    assert "PacelineConnector" in line
+
+
+@pytest.mark.parametrize(
+    ("transfer", "words"),
+    [({"kv_role": "prefill"}, "kv_role kv_producer"), ({"engine_id": "mine"}, "engine_id 'mine'")],
+)
+def test_what_is_one_engines_is_refused_for_several(transfer: dict[str, str], words: str) -> None:
+    config = make_config({"kv_transfer_config": transfer})
+    check_fleet(make_fleet({}), config)
+    with pytest.raises(ConfigError, match=words):
+        check_fleet(make_fleet({"prefill_replicas": 1}), config)
+
+
 # -------------------------------------------------------------------------------------- the fields
 
 
 def fields() -> list[Any]:
     return [
         pytest.param(struct, field, id=f"{struct.__name__}.{field.name}")
-        for struct in (EngineConfig, SpeculativeConfig, ServerConfig, SamplingParams)
+        for struct in (
+            EngineConfig,
+            SpeculativeConfig,
+            KvTransferConfig,
+            ServerConfig,
+            FleetConfig,
+            SamplingParams,
+        )
         for field in msgspec.structs.fields(struct)
     ]
 

@@ -128,6 +128,21 @@ def test_a_prefix_that_is_cached_on_either_side_changes_nothing_but_the_work(
     assert first.num_cached_tokens == (32 if where != "decode" else 0), "blocks of 32 over there"
 
 
+def test_a_prefix_that_is_shared_in_the_very_step_that_writes_it_is_sent_when_it_is_written(
+    engines: Engines,
+) -> None:
+    reads, writes = engines("prefill", 1), engines("decode", 1)
+    first = ask(32, GREEDY)
+    for number in range(4):  # a cold cache each time
+        pair = [again(first, cache_salt=f"step {number}") for _ in range(2)]
+        expected = text(writes.write(again(first, cache_salt=f"alone {number}")))
+        both = [halves(request, reads) for request in pair]
+        reads.client.submit([reading for reading, _ in both])
+        writes.client.submit([writing for _, writing in both])
+        writes.wait(lambda pair=pair: all(writes.ended(each.request_id) for each in pair))
+        assert [text(writes.deltas[each.request_id]) for each in pair] == [expected] * 2
+
+
 def test_the_prompts_log_probabilities_come_along(engines: Engines) -> None:
     reads, writes = engines("prefill", 1), engines("decode", 2)
     request = ask(40, msgspec.structs.replace(GREEDY, prompt_logprobs=1, logprobs=1))

@@ -1,0 +1,1 @@
+"""Which engine gets a request: what is known of each, and how one is chosen."""
