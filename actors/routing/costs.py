@@ -11,7 +11,9 @@ observations are of one length.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from paceline.runtime.types import Event, StepStats, TokenDelta
 
@@ -114,6 +116,38 @@ class MemberCosts:
     def on_step(self, step: StepStats) -> None:
         if step.num_requests > 0 and step.num_rows <= ROWS_PER_TEXT * step.num_requests:
             self.step.observe(step.num_requests, step.seconds)
+
+
+class DraftShares(NamedTuple):
+    """The drafter beside its target, per token of a prompt."""
+
+    of_bytes: float
+    """Of all KV, the drafter's part."""
+    of_work: float
+    """Of the target's arithmetic, what the drafter needs."""
+
+
+def draft_shares(fingerprint: Mapping[str, str]) -> DraftShares | None:
+    """From the shapes that two engines compare before they exchange KV; None where they are not
+    told."""
+    try:
+        target, draft = (_shape(fingerprint, prefix) for prefix in ("", "draft."))
+    except (KeyError, ValueError):
+        return None
+    return DraftShares(draft[0] / (draft[0] + target[0]), draft[1] / target[1])
+
+
+def _shape(fingerprint: Mapping[str, str], prefix: str) -> tuple[float, float]:
+    """Bytes of KV and multiplications per token."""
+
+    def number(name: str) -> int:
+        return int(fingerprint[f"{prefix}config.{name}"])
+
+    layers, width = number("num_hidden_layers"), number("hidden_size")
+    kv = number("num_key_value_heads") * width // number("num_attention_heads")
+    itemsize = 4 if fingerprint[f"{prefix}kv dtype"] == "float32" else 2
+    work = 2 * width * width + 2 * width * kv + 3 * width * number("intermediate_size")
+    return layers * kv * itemsize, layers * work
 
 
 class OutputLength:

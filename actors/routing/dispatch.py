@@ -373,6 +373,7 @@ class Dispatcher:
             config.draft_kv != "rebuild"
             and request.num_draft_tokens != 0
             and self.roster.shares_draft(reader, writer)
+            and (config.draft_kv == "transfer" or self.roster.draft_travels(reader, writer))
         )
         return (
             KvProduce(transfer_id=transfer_id, lease_s=config.lease_s, read_draft=draft),

@@ -19,7 +19,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from paceline.actors.routing.costs import Line, MemberCosts, OutputLength, transferring
+from paceline.actors.routing.costs import (
+    Line,
+    MemberCosts,
+    OutputLength,
+    draft_shares,
+    transferring,
+)
 from paceline.runtime.engine import EngineClient
 from paceline.runtime.transfer.layout import differences
 from paceline.runtime.types import EngineRole, EngineStatus, Request, TransferTotals
@@ -176,6 +182,18 @@ class Roster:
         """Whether the drafter's KV of one is of use to the other."""
         theirs, mine = reader.status.links.fingerprint, writer.status.links.fingerprint
         return theirs == mine or not differences(mine, theirs, draft=True)
+
+    def draft_travels(self, reader: MemberState, writer: MemberState) -> bool:
+        """Whether the drafter's KV is better fetched than computed again by the writer.
+
+        What travels while the prompt is still being read costs nobody anything. So only the seconds
+        that each token adds after that count, and of those the drafter's share.
+        """
+        shares = draft_shares(writer.status.links.fingerprint)
+        if shares is None:
+            return True
+        moved_s = shares.of_bytes * self.transfer(reader.engine_id, writer.engine_id).per_unit_s
+        return moved_s <= shares.of_work * writer.costs.read.per_unit_s
 
     def queue_s(self, member: MemberState) -> float:
         """Until a new prompt's turn comes."""

@@ -11,9 +11,10 @@ import pytest
 from tests.fleets import SimEngine, Told, World, make_request, run
 
 from paceline.actors.router import Member, Router
-from paceline.actors.routing.costs import CLIP, Line
+from paceline.actors.routing.costs import CLIP, Line, draft_shares
 from paceline.actors.routing.policies import EXPLORE_EVERY, PolicyName
-from paceline.runtime.types import EngineRole, Request
+from paceline.actors.routing.roster import MemberState, Roster
+from paceline.runtime.types import EngineRole, EngineStatus, KvLinks, Request
 
 
 class Scene:
@@ -266,6 +267,47 @@ def test_a_drafter_that_differs_forbids_only_its_own_kv() -> None:
 def pairs(scene: Scene) -> list[tuple[Any, Any]]:
     reads = {each.request_id: each for each in scene.engines[0].submitted}
     return [(reads[each.request_id], each) for each in scene.engines[1].submitted]
+
+
+SHAPES = {
+    "kv dtype": "bfloat16",
+    "config.num_hidden_layers": "24",
+    "config.hidden_size": "256",
+    "config.intermediate_size": "704",
+    "config.num_attention_heads": "8",
+    "config.num_key_value_heads": "4",
+    "draft.kv dtype": "bfloat16",
+    "draft.config.num_hidden_layers": "8",
+    "draft.config.hidden_size": "128",
+    "draft.config.intermediate_size": "352",
+    "draft.config.num_attention_heads": "4",
+    "draft.config.num_key_value_heads": "2",
+}
+
+
+def test_the_drafters_part_of_bytes_and_work_follows_from_the_shapes() -> None:
+    shares = draft_shares(SHAPES)
+    assert shares is not None
+    assert shares.of_bytes == pytest.approx(8 * 64 / (8 * 64 + 24 * 128))
+    assert shares.of_work == pytest.approx(8 / 24 / 4, rel=0.01)
+    assert draft_shares({"config.hidden_size": "256"}) is None
+    assert draft_shares(SHAPES | {"draft.config.hidden_size": "null"}) is None
+
+
+@pytest.mark.parametrize(("per_token_s", "travels"), [(0.0, True), (1e-6, True), (1e-3, False)])
+def test_the_drafters_kv_travels_unless_that_delays_more_than_computing_it_again(
+    per_token_s: float, travels: bool
+) -> None:
+    roster = Roster()
+    both = [MemberState(Member(name, "both", SimEngine(World()))) for name in ("p", "d")]
+    for each in both:
+        links = KvLinks(addresses=("here:1",), fingerprint=SHAPES)
+        each.status = EngineStatus(links=links)
+        roster.members[each.engine_id] = each
+    for size in (100, 1000, 2000, 4000):
+        for _ in range(20):
+            roster.transfer("p", "d").observe(size, 0.01 + per_token_s * size)
+    assert roster.draft_travels(*both) is travels
 
 
 def test_both_sides_of_a_transfer_agree() -> None:
