@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 READY := $(VENV)/.ready
-BENCHES := speculation layer_parallel startup scheduler serve
+BENCHES := speculation layer_parallel startup scheduler serve kv kv_faults disaggregation
 
 .PHONY: setup demo test check bench proto clean
 

@@ -118,6 +118,35 @@ def sharegpt_asks(
     return [asks[i % len(asks)] for i in range(count)]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """Short chats, and now and then a long prompt with a short answer."""
+
+    long_share: float = 0.15
+    long_input_len: int = 1500
+    long_output_len: int = 32
+    input_len: int = 96
+    output_len: int = 96
+    """Of chats. All lengths vary by a third up and down."""
+
+
+def mixed_asks(tokenizer: Tokenizer, mix: Mix, *, count: int, seed: int) -> list[Ask]:
+    """Held-out texts cut to such lengths, in an order that the seed decides."""
+    choices = random.Random(seed)
+    long_texts = prompts.held_out(
+        tokenizer, count=count, length=int(mix.long_input_len * 4 / 3), seed=seed
+    )
+    asks = []
+    for token_ids in long_texts:
+        is_long = choices.random() < mix.long_share
+        lengths = (mix.long_input_len, mix.long_output_len)
+        if not is_long:
+            lengths = (mix.input_len, mix.output_len)
+        num_input, num_output = (int(each * choices.uniform(2 / 3, 4 / 3)) for each in lengths)
+        asks.append(Ask(token_ids=token_ids[:num_input], max_tokens=num_output))
+    return asks
+
+
 def held_out_asks(
     path: str | None,
     tokenizer: Tokenizer,
@@ -432,6 +461,9 @@ def _asks(args: argparse.Namespace, tokenizer: Tokenizer, *, seed: int) -> list[
             output_len=args.sharegpt_output_len,
             seed=seed,
         )
+    if args.dataset_name == "mix":
+        mix = Mix(input_len=args.random_input_len, output_len=args.random_output_len)
+        return mixed_asks(tokenizer, mix, count=count, seed=seed)
     if args.dataset_name == "random":
         return random_asks(tokenizer, input_len=args.random_input_len, **shape)
     return held_out_asks(args.prompts_file, tokenizer, input_len=args.random_input_len, **shape)
@@ -491,7 +523,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--served-model-name", help="The first one the server names if not given.")
     made.add_argument("--tokenizer", help="A folder, hub id or `embedded`; --model if not given.")
     made.add_argument(
-        "--dataset-name", choices=("held-out", "random", "sharegpt"), default="held-out"
+        "--dataset-name", choices=("held-out", "random", "sharegpt", "mix"), default="held-out"
     )
     made.add_argument("--dataset-path", metavar="FILE.json", help="For sharegpt.")
     made.add_argument("--sharegpt-output-len", type=int, help="Instead of the answers' lengths.")

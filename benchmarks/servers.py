@@ -60,7 +60,7 @@ def serving(
 
 def ready_line(said: str) -> str | None:
     """`paceline serve` says where it is."""
-    match = re.search(r"is ready at (http\S+)\s", said)
+    match = re.search(r"is ready at (http[^\s,]+)[\s,]", said)
     return match[1] if match else None
 
 

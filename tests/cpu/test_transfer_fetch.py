@@ -124,6 +124,23 @@ def test_every_head_arrives_whatever_the_sizes(sizes: tuple[int, int], plane: st
     run(check())
 
 
+def test_more_than_the_credit_arrives_in_one_go() -> None:
+    async def check() -> None:
+        pair = Pair(tokens=62 * 16)
+        config = {"credit_bytes": 1 << 16, "chunk_bytes": 1 << 16}
+        async with both(pair, consumer=config) as (producers, addresses, consumers):
+            pair.offer(producers)
+            pair.finish(producers)
+            pair.fetch(consumers, addresses)
+            ended = await pair.consumed.next()
+        assert ended.error is None
+        assert ended.stats.num_resumed == 0
+        assert ended.stats.num_bytes > 8 * config["credit_bytes"]
+        assert pair.missing() == 0
+
+    run(check())
+
+
 def test_replicated_heads_travel_once() -> None:
     async def check() -> None:
         pair = Pair(8, 1)  # four heads, each on two ranks
@@ -325,6 +342,25 @@ def test_a_lease_that_nobody_renews_ends_and_one_in_use_does_not() -> None:
             producers[0].complete(complete(TOKENS, transfer_id="used"))
             assert (await pair.consumed.next()).error is None
             assert (await pair.produced.next()).error is None
+
+    run(check())
+
+
+def test_pages_that_were_let_go_while_they_were_read_do_not_count() -> None:
+    async def check() -> None:
+        pair = Pair()
+        async with both(pair, plane="shm") as (producers, addresses, consumers):
+            commit = consumers[0]._commit
+
+            async def late(*args: Any) -> None:
+                producers[0].withdraw(Withdraw(transfer_id="t", reason="sold"))
+                await commit(*args)
+
+            consumers[0]._commit = late  # type: ignore[method-assign]
+            pair.offer(producers)
+            pair.finish(producers)
+            pair.fetch(consumers, addresses)
+            assert "let the pages go" in str((await pair.consumed.next()).error)
 
     run(check())
 
