@@ -1,7 +1,7 @@
 """The command line: `paceline serve`, `generate` and `check-lossless`.
 
-Flags are the fields of `EngineConfig`, `ServerConfig` and `SamplingParams`, so that they are written
-once. Exit codes: 0 done, 1 the engine failed or a check did, 2 the user can mend it, 130 interrupted.
+Flags are the fields of `EngineConfig`, `ServerConfig`, `FleetConfig` and `SamplingParams`, so that they
+are written once. Exit codes: 0 done, 1 the engine failed or a check did, 2 the user can mend it, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import msgspec
 
 from paceline.runtime.config import (
     EngineConfig,
+    FleetConfig,
     ServerConfig,
     read_yaml,
     readable,
@@ -80,22 +81,24 @@ def open_llm(settings: dict[str, Any]) -> Iterator[LLM]:
         yield llm
 
 
-def engine_settings(args: argparse.Namespace, *, spare_cores: int = 0) -> dict[str, Any]:
+def engine_settings(
+    args: argparse.Namespace, *, spare_cores: int = 0, num_engines: int = 1
+) -> dict[str, Any]:
     """Flags over the config file over the embedded pair's defaults, which leave `spare_cores` to
-    others."""
+    others and share the rest between `num_engines`."""
     given = {
         name: value
         for name, value in vars(args).items()
         if name in EngineConfig.__struct_fields__ and value is not None
     }
     file = read_yaml(args.config) if args.config else {}
-    structs = (EngineConfig, ServerConfig, SamplingParams)
+    structs = (EngineConfig, ServerConfig, FleetConfig, SamplingParams)
     known = tuple(name for struct in structs for name in struct.__struct_fields__)
     reject_unknown(file, known, what=f"key in {args.config}")
     settings = {k: v for k, v in file.items() if k in EngineConfig.__struct_fields__} | given
     if "model" not in settings:
         settings = EMBEDDED_DEFAULTS | settings
-        cores = (os.cpu_count() or 1) - spare_cores
+        cores = ((os.cpu_count() or 1) - spare_cores) // num_engines
         one = settings.get("distributed_executor_backend") == "uni" or cores < 2
         settings.setdefault("tensor_parallel_size", 1 if one else 2)
     return settings
@@ -137,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_fields(engine, EngineConfig, skip=command.POSITIONAL)
         if command is serve:
             _add_fields(sub.add_argument_group("server"), ServerConfig, skip=())
+            _add_fields(sub.add_argument_group("engines that serve together"), FleetConfig, skip=())
         else:  # --seed is the engine's; a command line shows one text per prompt
             _add_fields(sub.add_argument_group("sampling"), SamplingParams, skip=("seed", "n"))
         sub.set_defaults(run=command.run)

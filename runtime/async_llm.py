@@ -197,8 +197,8 @@ class RequestStream:
 class AsyncLLM:
     """An engine's front: admits, streams, aborts, watches.
 
-    At most `max_num_seqs + max_queued_requests` texts are in flight. Use it on one event loop; it
-    does not close the engine.
+    At most `max_num_seqs`, for each of `num_engines` behind the client, and `max_queued_requests`
+    texts are in flight. Use it on one event loop; it does not close the engine.
     """
 
     def __init__(
@@ -209,6 +209,7 @@ class AsyncLLM:
         *,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        num_engines: int = 1,
     ) -> None:
         self.facts = facts
         self.config = config
@@ -216,7 +217,7 @@ class AsyncLLM:
         self._client = client
         self._observer = observer or NullObserver()
         self._clock = clock
-        self._limit = config.max_num_seqs + config.max_queued_requests
+        self._limit = num_engines * config.max_num_seqs + config.max_queued_requests
         self._streams: dict[str, RequestStream] = {}
         self._texts: dict[str, _Text] = {}
         self._leaving: dict[str, set[str]] = {}
@@ -261,6 +262,7 @@ class AsyncLLM:
         num_draft_tokens: int | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        session_id: str = "",
     ) -> RequestStream:
         """Admit a prompt. Raises PromptError, OverloadedError, ShuttingDownError or EngineError.
 
@@ -276,6 +278,7 @@ class AsyncLLM:
             num_draft_tokens=num_draft_tokens,
             priority=priority,
             cache_salt=cache_salt,
+            session_id=session_id,
         )
         if _is_slow(prompt, params):
             job = await asyncio.to_thread(make)
@@ -295,6 +298,7 @@ class AsyncLLM:
         num_draft_tokens: int | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        session_id: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """`submit` and its stream in one: what is new per item, the last with `finished`.
 
@@ -308,6 +312,7 @@ class AsyncLLM:
             num_draft_tokens=num_draft_tokens,
             priority=priority,
             cache_salt=cache_salt,
+            session_id=session_id,
         )
         async with stream:
             async for output in stream:

@@ -60,8 +60,7 @@ def connect(
     the start up: raises EngineError."""
     folder = tempfile.TemporaryDirectory(prefix="paceline-")
     ours, theirs = multiprocessing.Pipe()
-    address = f"ipc://{folder.name}"
-    args = (config, facts.max_model_len, f"{address}/commands", f"{address}/news", theirs)
+    args = (config, facts.max_model_len, folder.name, theirs)
     (process,) = spawn(_engine_process, args=[args], daemon=False)
     theirs.close()
 
@@ -104,10 +103,12 @@ def connect(
 
 
 def _engine_process(
-    config: EngineConfig, max_model_len: int, commands: str, news: str, ready: Connection
+    config: EngineConfig, max_model_len: int, folder: str, ready: Connection
 ) -> None:
-    """Load, say so, serve until told to stop or the parent is gone."""
+    """Load, say so, serve until told to stop or the parent is gone. All its files lie in `folder`,
+    which the parent takes away, however this process ends."""
     parent, stopped = os.getppid(), False
+    tempfile.tempdir = folder
 
     def stop(*_: object) -> None:
         nonlocal stopped
@@ -129,7 +130,7 @@ def _engine_process(
         ready.send((None, words, isinstance(error, UserError)))
         return
     signal.signal(signal.SIGTERM, stop)
-    link = LinkServer(commands, news)
+    link = LinkServer(f"ipc://{folder}/commands", f"ipc://{folder}/news")
     ready.send(((link.address.commands, link.address.news), None, False))
     ready.close()
     run_engine(engine, link, wanted=lambda: not stopped and os.getppid() == parent)
@@ -226,6 +227,8 @@ class LocalProcesses:
             ready = self._channel.wait_for_ranks(timeout_s=config.load_timeout_s)
             self.ranks, self.num_blocks = ready.ranks, ready.num_blocks
         except BaseException:
+            for process in self._processes:  # while it loads a rank does not hear that it shall end
+                process.kill()
             self.close()
             raise
 

@@ -9,6 +9,9 @@ edges as in vLLM 0.11, where inter_token_latency_seconds got its name, and the s
 vLLM's finest bucket holds nearly all that Paceline does, ours adds edges below it; each of vLLM's
 is also one of ours, so both names are views of one set of counts.
 
+Where several engines serve together, gauges and KV transfers are told of each under its own name as
+label `engine`, so that their sum is the server's; all else is the server's as a whole, engine "0".
+
 Counts live in lists of our own and become metric families when somebody scrapes: to record a value
 is a bisection and an addition, with no lock. All `on_` methods belong to one thread; `exposition`
 may be called from any.
@@ -29,7 +32,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from paceline.runtime.events import decode_s, prefill_s, queue_s, time_per_output_token_s
-from paceline.runtime.types import EngineStatus, FinishReason
+from paceline.runtime.types import EngineStatus, FinishReason, TransferTotals
 
 if TYPE_CHECKING:
     from paceline.runtime.async_llm import RequestRecord
@@ -68,7 +71,7 @@ class Total:
 
     name: str
     field: str
-    """Of `EngineStatus`."""
+    """Of `EngineStatus`, or of `TransferTotals`."""
     text: str
 
 
@@ -92,6 +95,62 @@ TOTALS = (
         name="spec_decode_num_accepted_tokens", field="accepted", text="Drafted tokens accepted."
     ),
 )
+
+TRANSFER_TOTALS = (
+    Total(name="kv_transfers", field="fetched", text="Prompts whose KV came from another engine."),
+    Total(name="kv_transfer_tokens", field="fetched_tokens", text="Tokens of these prompts."),
+    Total(name="kv_transfer_bytes", field="num_bytes", text="Bytes of KV received."),
+    Total(name="kv_transfer_seconds", field="seconds", text="Time that transfers took, summed."),
+    Total(
+        name="kv_transfer_unoverlapped_seconds",
+        field="unoverlapped_s",
+        text="Time of transfers after their prompts had been read.",
+    ),
+    Total(
+        name="kv_transfer_stall_seconds",
+        field="stall_s",
+        text="Time that transfers waited for a consumer to take what had come.",
+    ),
+    Total(
+        name="kv_transfer_failed", field="failed", text="Transfers that failed: computed instead."
+    ),
+    Total(
+        name="kv_transfer_resumed",
+        field="num_resumed",
+        text="Transfers that went on after a break.",
+    ),
+    Total(
+        name="kv_transfer_corrupt",
+        field="num_corrupt",
+        text="Pieces that came with a wrong checksum.",
+    ),
+    Total(
+        name="kv_lease_expired",
+        field="expired",
+        text="Prompts held for a consumer that never came.",
+    ),
+)
+TRANSFER_GAUGES = (
+    Total(
+        name="kv_transfers_producing", field="producing", text="Prompts read or held for others."
+    ),
+    Total(name="kv_transfers_fetching", field="fetching", text="Prompts being fetched."),
+)
+VLLM_TRANSFER_SUMS = (
+    Total(name="nixl_xfer_time_seconds", field="seconds", text="Time of a KV transfer."),
+    Total(name="nixl_bytes_transferred", field="num_bytes", text="Bytes of a KV transfer."),
+)
+"""Histograms in vLLM; here their sums and counts, all in one bucket."""
+VLLM_TRANSFER_TOTALS = (
+    Total(name="nixl_num_failed_transfers", field="failed", text="KV transfers that failed."),
+    Total(
+        name="nixl_num_kv_expired_reqs",
+        field="expired",
+        text="Requests whose KV was held for a consumer that never came.",
+    ),
+)
+ROUTER = "router"
+"""The engine label of requests that wait for an engine."""
 
 FALLS_ON_RESTART = ("num_steps", *(total.field for total in TOTALS))
 
@@ -236,25 +295,62 @@ class Metrics(Collector):
         for prefix in self._prefixes:
             yield from self._gauges(prefix)
             yield from self._counters(prefix)
+            yield from self._transfers(prefix)
             for distribution in self._distributions:
                 if prefix == PREFIX or distribution.coarse:
                     yield distribution.family(prefix, self._labels)
 
     def _gauges(self, prefix: str) -> Iterator[Metric]:
-        status = self._status
-        used = status.num_blocks - status.num_free_blocks
-        for name, value, text in (
-            ("num_requests_running", status.num_running, "Requests that take part in steps."),
-            ("num_requests_waiting", status.num_waiting, "Requests that wait for their turn."),
-            (
-                "kv_cache_usage_perc",
-                used / status.num_blocks if status.num_blocks else 0.0,
-                "Part of the KV blocks in use; 1 is all.",
-            ),
-        ):
-            gauge = GaugeMetricFamily(prefix + name, text, labels=LABELS)
-            gauge.add_metric(self._labels, value)
+        running, waiting, usage = (
+            GaugeMetricFamily(prefix + name, text, labels=LABELS)
+            for name, text in (
+                ("num_requests_running", "Requests that take part in steps."),
+                ("num_requests_waiting", "Requests that wait for their turn."),
+                ("kv_cache_usage_perc", "Part of the KV blocks in use; 1 is all."),
+            )
+        )
+        for labels, status in self._by_engine():
+            running.add_metric(labels, status.num_running)
+            waiting.add_metric(labels, status.num_waiting)
+            used = status.num_blocks - status.num_free_blocks
+            usage.add_metric(labels, used / status.num_blocks if status.num_blocks else 0.0)
+        if members := self._status.members:
+            left = self._status.num_waiting - sum(each.num_waiting for each in members)
+            waiting.add_metric((self._labels[0], ROUTER), max(0, left))
+        yield from (running, waiting, usage)
+
+    def _by_engine(self) -> list[tuple[tuple[str, str], EngineStatus]]:
+        """Labels and status of each engine."""
+        model, _ = self._labels
+        members = [((model, each.engine_id), each) for each in self._status.members]
+        return members or [(self._labels, self._status)]
+
+    def _transfers(self, prefix: str) -> Iterator[Metric]:
+        """Of engines whose KV can travel."""
+        engines = [
+            (labels, status.transfers)
+            for labels, status in self._by_engine()
+            if status.links.addresses or status.transfers != TransferTotals()
+        ]
+        if not engines:
+            return
+        ours = prefix == PREFIX
+        for total in TRANSFER_TOTALS if ours else VLLM_TRANSFER_TOTALS:
+            counter = CounterMetricFamily(prefix + total.name, total.text, labels=LABELS)
+            for labels, transfers in engines:
+                counter.add_metric(labels, getattr(transfers, total.field))
+            yield counter
+        for total in TRANSFER_GAUGES if ours else ():
+            gauge = GaugeMetricFamily(prefix + total.name, total.text, labels=LABELS)
+            for labels, transfers in engines:
+                gauge.add_metric(labels, getattr(transfers, total.field))
             yield gauge
+        for total in () if ours else VLLM_TRANSFER_SUMS:
+            family = HistogramMetricFamily(prefix + total.name, total.text, labels=LABELS)
+            for labels, transfers in engines:
+                count = float(transfers.fetched)
+                family.add_metric(labels, [("+Inf", count)], getattr(transfers, total.field))
+            yield family
 
     def _counters(self, prefix: str) -> Iterator[Metric]:
         for total in TOTALS:

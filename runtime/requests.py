@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_ID_CHARS = 256
 MAX_SALT_CHARS = 1024
+"""Of a session id too."""
 PRIORITY_LIMIT = 2**31
 """Priorities lie strictly between minus this and this: the ends are the server's own."""
 
@@ -90,15 +91,20 @@ class RequestFactory:
         num_draft_tokens: int | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        session_id: str = "",
     ) -> Job:
         """A checked job. Raises PromptError, one line that names the parameter, for what cannot be
         served.
 
         Requests without a seed get the engine's plus a running number, so that a program that is
-        run again gets the same texts. Whether `request_id` is in use is for the caller to know.
+        run again gets the same texts. Requests of one `session_id` go to one engine where several
+        serve. Whether `request_id` is in use is for the caller to know.
         """
-        self._check(params, request_id, num_draft_tokens, priority, cache_salt)
-        text, token_ids = self.token_ids(prompt)
+        self._check(params, request_id, num_draft_tokens, priority)
+        for text, what in ((cache_salt, "cache_salt"), (session_id, "session_id")):
+            if len(_checked_text(text, what=what)) > MAX_SALT_CHARS:
+                raise PromptError(f"{what} may have {MAX_SALT_CHARS} characters, found {len(text)}")
+        prompt_text, token_ids = self.token_ids(prompt)
         max_tokens = self._max_tokens(len(token_ids), params)
         with self._lock:
             numbers = [next(self._numbers) for _ in range(params.n)]
@@ -116,12 +122,13 @@ class RequestFactory:
                 eos_token_ids=self._facts.eos_token_ids,
                 priority=priority,
                 cache_salt=cache_salt,
+                session_id=session_id,
             )
             for index in range(params.n)
         )
         return Job(
             request_id=request_id,
-            prompt=text,
+            prompt=prompt_text,
             prompt_token_ids=token_ids,
             params=params,
             requests=requests,
@@ -170,7 +177,6 @@ class RequestFactory:
         request_id: str | None,
         num_draft_tokens: int | None,
         priority: int,
-        cache_salt: str,
     ) -> None:
         validate(params, vocab_size=self._facts.arch.vocab_size)
         if request_id is not None:
@@ -186,11 +192,6 @@ class RequestFactory:
         if not -PRIORITY_LIMIT < priority < PRIORITY_LIMIT:
             raise PromptError(
                 f"priority must be between {1 - PRIORITY_LIMIT} and {PRIORITY_LIMIT - 1}, found {priority}"
-            )
-        _checked_text(cache_salt, what="cache_salt")
-        if len(cache_salt) > MAX_SALT_CHARS:
-            raise PromptError(
-                f"cache_salt may have {MAX_SALT_CHARS} characters, found {len(cache_salt)}"
             )
         self._check_text_needs(params)
 

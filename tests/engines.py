@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from paceline.actors.fleet import Fleet
 from paceline.runtime.async_llm import AsyncLLM
 from paceline.runtime.config import EngineConfig, ServerConfig
 from paceline.runtime.engine import EngineClient
@@ -380,6 +381,7 @@ def serving(
     *,
     config: EngineConfig | None = None,
     server: ServerConfig | None = None,
+    fleet: Fleet | None = None,
 ) -> Iterator[Served]:
     """The HTTP front on a free port, before `engine`."""
     from paceline.actors.frontends import http
@@ -393,7 +395,9 @@ def serving(
         try:
             metrics = Metrics(http.model_name(config, server), version="0")
             llm = AsyncLLM(engine, facts, config, observer=metrics)
-            app = http.make_app(llm, facts, config, server, exposition=metrics.exposition)
+            app = http.make_app(
+                llm, facts, config, server, exposition=metrics.exposition, fleet=fleet
+            )
             with contextlib.closing(http.bind("127.0.0.1", 0)) as listener:
                 door = await http.start(app, listener)
                 url = f"http://127.0.0.1:{door.port}"

@@ -1,5 +1,7 @@
 """Serve a model to many users: the OpenAI API over HTTP, gRPC beside it, a page at /.
 
+One engine, or several that serve together: some read prompts, others write texts.
+
 bind ──> examine ──> connect ──> serving ──signal──> draining ──> closed, exit 0
  |          |           |           └──engine lost──> exit 1
  └ exit 2 ──┴───────────┘           a second signal ends it at once
@@ -16,23 +18,28 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, Protocol
 
 import msgspec
 
+from paceline.actors.fleet import Fleet, is_fleet, open_fleet
 from paceline.runtime.async_llm import AsyncLLM
 from paceline.runtime.config import (
     EngineConfig,
+    FleetConfig,
     ServerConfig,
+    check_fleet,
     make_config,
+    make_fleet,
     read_yaml,
     readable,
 )
 from paceline.runtime.engine import EngineClient
 from paceline.runtime.errors import ConfigError, EngineError
 from paceline.runtime.preflight import Facts, examine
-from paceline.runtime.types import EngineStatus
+from paceline.runtime.types import EngineStatus, TransferTotals
 
 logger = logging.getLogger(__name__)
 
@@ -68,29 +75,45 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"two models are named: {args.served} and {args.model}")
         args.model = args.served
     server = server_config(args)
+    settings = make_fleet(_given(args, FleetConfig))
     config = make_config(
-        {"distributed_executor_backend": "ray", **engine_settings(args, spare_cores=1)}
+        {
+            "distributed_executor_backend": "ray",
+            **engine_settings(args, spare_cores=1, num_engines=settings.num_engines),
+        }
     )
+    check_fleet(settings, config)
+    if settings.decode_tensor_parallel_size is not None and not is_fleet(settings, config):
+        size = settings.decode_tensor_parallel_size
+        config = msgspec.structs.replace(config, tensor_parallel_size=size)
     _log_to_stderr()
-    with contextlib.closing(bind(server.host, server.port)) as listener, _terminable():
+    with contextlib.closing(bind(server.host, server.port)) as listener, _terminable() as check:
         facts = examine(config)
-        client = _connect(config, facts)
+        client = _open(config, facts, settings)
         try:
-            return uvloop.run(serve(client, facts, config, server, listener))
+            check()
+            work = serve(
+                client, facts, config, server, listener, num_writers=settings.decode_replicas
+            )
+            return uvloop.run(work)
         finally:
             client.close()
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:
     """Flags over the config file. Raises ConfigError."""
-    fields = ServerConfig.__struct_fields__
-    file = read_yaml(args.config) if args.config else {}
-    values: dict[str, Any] = {key: value for key, value in file.items() if key in fields}
-    values |= {k: v for k, v in vars(args).items() if k in fields and v is not None}
     try:
-        return msgspec.convert(values, ServerConfig)
+        return msgspec.convert(_given(args, ServerConfig), ServerConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(readable(str(error))) from None
+
+
+def _given(args: argparse.Namespace, struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """What flags, or else the config file, say of a struct's fields."""
+    fields = struct.__struct_fields__
+    file = read_yaml(args.config) if args.config else {}
+    values: dict[str, Any] = {key: value for key, value in file.items() if key in fields}
+    return values | {k: v for k, v in vars(args).items() if k in fields and v is not None}
 
 
 async def serve(
@@ -99,8 +122,11 @@ async def serve(
     config: EngineConfig,
     server: ServerConfig,
     listener: socket.socket,
+    *,
+    num_writers: int = 1,
 ) -> int:
-    """Serve until a signal comes or the engine is lost; the exit code."""
+    """Serve until a signal comes or the engine is lost; the exit code. `num_writers` engines can each
+    run as many requests as the config says."""
     from paceline.actors.frontends import http
     from paceline.runtime.metrics import Metrics
 
@@ -112,8 +138,9 @@ async def serve(
         num_speculative_tokens=0 if spec is None else spec.num_speculative_tokens,
         vllm_names=server.enable_vllm_metric_names,
     )
-    llm = AsyncLLM(client, facts, config, observer=metrics)
-    app = http.make_app(llm, facts, config, server, exposition=metrics.exposition)
+    llm = AsyncLLM(client, facts, config, observer=metrics, num_engines=num_writers)
+    fleet = client if isinstance(client, Fleet) else None
+    app = http.make_app(llm, facts, config, server, exposition=metrics.exposition, fleet=fleet)
     doors: list[Door] = []
     try:
         with _stop_signals() as stop:
@@ -125,7 +152,8 @@ async def serve(
 
                 doors.append(await grpc.start(llm, facts, config, server))
                 urls.append(f"grpc://{_place(server.host, doors[1].port)}")
-            print(f"paceline: {name} is ready at {' and '.join(urls)}", flush=True)
+            by = "" if fleet is None else f", served by {_names(fleet)}"
+            print(f"paceline: {name} is ready at {' and '.join(urls)}{by}", flush=True)
             await _until_stopped(llm, stop, log_stats=not server.disable_log_stats)
             if llm.lost is not None:
                 raise EngineError(f"the engine is lost: {llm.lost}")
@@ -169,7 +197,31 @@ def _stats(before: EngineStatus, now: EngineStatus, seconds: float) -> str:
     )
     if drafted > 0:
         line += f"; {(now.accepted - before.accepted) / drafted:.0%} of drafts accepted"
-    return line
+    return line + _transfer_stats(before.transfers, now.transfers)
+
+
+def _transfer_stats(before: TransferTotals, now: TransferTotals) -> str:
+    """What moved between engines; nothing if nothing did."""
+    fetched, failed = now.fetched - before.fetched, now.failed - before.failed
+    text = ""
+    if fetched > 0:
+        late_ms = 1e3 * (now.unoverlapped_s - before.unoverlapped_s) / fetched
+        text = (
+            f"; {fetched} prompts fetched, {(now.num_bytes - before.num_bytes) / 1e6:.1f} MB, "
+            f"{late_ms:.0f} ms of each not overlapped"
+        )
+    return f"{text}; {failed} fetches failed" if failed > 0 else text
+
+
+def _names(fleet: Fleet) -> str:
+    *names, last = [each.engine_id for each in fleet.engines()]
+    return f"{', '.join(names)} and {last}" if names else last
+
+
+def _open(config: EngineConfig, facts: Facts, settings: FleetConfig) -> EngineClient:
+    if is_fleet(settings, config):
+        return open_fleet(config, facts, settings)
+    return _connect(config, facts)
 
 
 def _connect(config: EngineConfig, facts: Facts) -> EngineClient:
@@ -202,13 +254,26 @@ def _stop_signals() -> Iterator[asyncio.Event]:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """While the engine loads, SIGTERM is an interrupt like Ctrl-C, so that it is taken down."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _terminable() -> Iterator[Callable[[], None]]:
+    """While the engine loads, SIGTERM is an interrupt like Ctrl-C, so that it is taken down. Yields what
+    raises KeyboardInterrupt if there was one: a library may have kept it to itself."""
+    told = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        nonlocal told
+        told = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if told:
+            raise KeyboardInterrupt
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield check
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _log_to_stderr() -> None:

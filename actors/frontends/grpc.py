@@ -16,6 +16,7 @@ import logging
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -179,6 +180,7 @@ async def _serve_stream(
     context: grpc.aio.ServicerContext[bytes, Message],
 ) -> None:
     """Closing the replies, whichever way the call ends, is what aborts a request."""
+    _session_id.set(_metadata(context, "x-session-id"))
     try:
         replies = function(_parse(kind, body))
         try:
@@ -190,6 +192,18 @@ async def _serve_stream(
     except Exception as error:
         failure = error
     await context.abort(*status_of(failure))
+
+
+_session_id: ContextVar[str] = ContextVar("session_id", default="")
+"""Of the call that is being served: each is a task of its own."""
+
+
+def _metadata(context: grpc.aio.ServicerContext[bytes, Message], name: str) -> str:
+    """What a call's metadata has under a name; empty if nothing."""
+    for key, value in context.invocation_metadata() or ():
+        if key == name:
+            return value if isinstance(value, str) else value.decode("latin-1")
+    return ""
 
 
 def _parse(kind: type[Message], body: bytes) -> Message:
@@ -279,6 +293,7 @@ class EngineService:
             else None,
             priority=request.priority,
             cache_salt=request.cache_salt,
+            session_id=_session_id.get(),
         )
         async with stream:
             writer = _Writer(stream, stream_chunks=request.stream)

@@ -24,7 +24,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import uvicorn
@@ -34,6 +34,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from paceline.actors.fleet import EngineInfo, FleetError, UnknownEngineError
 from paceline.actors.frontends.openai import (
     DONE,
     ApiError,
@@ -43,6 +44,7 @@ from paceline.actors.frontends.openai import (
     CompletionBody,
     CompletionFormat,
     DetokenizeBody,
+    EngineBody,
     Format,
     TokenizeBody,
     api_error,
@@ -62,7 +64,7 @@ from paceline.runtime.errors import ConfigError, EngineError, PromptError
 from paceline.runtime.outputs import CompletionOutput, RequestOutput, empty_output
 from paceline.runtime.preflight import Facts
 from paceline.runtime.requests import Prompt
-from paceline.runtime.types import RequestMetrics, SamplingParams
+from paceline.runtime.types import EngineRole, EngineStatus, RequestMetrics, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +77,25 @@ LARGE_BODY_BYTES = 64 * 2**10
 """Larger chats and texts are rendered and tokenised beside the event loop."""
 OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics", "/version", "/load"})
 """What needs no key."""
-BODIES = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+BODIES = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, EngineBody)
 
 Exposition = Callable[[str], tuple[bytes, str]]
 """From an Accept header to what /metrics answers and its content type."""
 Endpoint = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
+
+
+class Engines(Protocol):
+    """Engines that serve together, and may be changed meanwhile. Satisfied by `Fleet`."""
+
+    def engines(self) -> list[EngineInfo]:
+        """All there are."""
+
+    def add_engine(self, role: EngineRole, /) -> str:
+        """Start one more; its name. Raises FleetError."""
+
+    def remove_engine(self, engine_id: str, /) -> None:
+        """Drain and end one. Raises UnknownEngineError and FleetError."""
 
 
 class ClientGoneError(Exception):
@@ -99,10 +114,12 @@ def make_app(
     server: ServerConfig,
     *,
     exposition: Exposition | None = None,
+    fleet: Engines | None = None,
 ) -> ASGIApp:
-    """The ASGI application. `exposition` says what /metrics answers. Raises ConfigError or
-    ModelError for a chat template that cannot be read."""
-    api = _Api(llm, facts, config, server, exposition)
+    """The ASGI application. `exposition` says what /metrics answers, `fleet` are the engines that
+    serve together, where several may. Raises ConfigError or ModelError for a chat template that cannot
+    be read."""
+    api = _Api(llm, facts, config, server, exposition, fleet)
     app = FastAPI(title="Paceline", version=version(), docs_url=None, redoc_url=None)
     for method, path, endpoint, body, summary in api.routes():
         app.add_api_route(
@@ -267,12 +284,14 @@ class _Api:
         config: EngineConfig,
         server: ServerConfig,
         exposition: Exposition | None,
+        fleet: Engines | None,
     ) -> None:
         self._llm = llm
         self._facts = facts
         self._config = config
         self._server = server
         self._exposition = exposition
+        self._fleet = fleet
         self._name = model_name(config, server)
         self._started = time.time()
         self._started_s = time.monotonic()
@@ -301,6 +320,15 @@ class _Api:
             ("GET", "/metrics", self.metrics, None, "Prometheus' exposition."),
             ("GET", "/version", self.version, None, "Paceline's version."),
             ("GET", "/load", self.load, None, "Requests in flight."),
+            ("GET", "/engines", self.engines, None, "The engines that serve together."),
+            ("POST", "/engines", self.add_engine, EngineBody, "Start one more engine."),
+            (
+                "DELETE",
+                "/engines/{engine_id}",
+                self.remove_engine,
+                None,
+                "Drain and end an engine.",
+            ),
             ("GET", "/live/status", self.live_status, None, "The engine, for the page."),
             ("GET", "/", self.page, None, "The page."),
         ]
@@ -414,11 +442,32 @@ class _Api:
     async def load(self, request: Request) -> Response:  # noqa: ARG002
         return _json({"server_load": self._llm.num_in_flight})
 
+    async def engines(self, request: Request) -> Response:  # noqa: ARG002
+        fleet, members = self._engines(), self._members()
+        infos = await asyncio.to_thread(fleet.engines)
+        listed = [_engine_card(each, members.get(each.engine_id)) for each in infos]
+        return _json({"object": "list", "data": listed})
+
+    async def add_engine(self, request: Request) -> Response:
+        fleet = self._engines()
+        body = decode_body(await _read_body(request), EngineBody)
+        self._check_not_draining()
+        engine_id = await asyncio.to_thread(self._conflicting, fleet.add_engine, body.role)
+        return _json({"engine_id": engine_id, "role": body.role, "state": "starting"}, status=202)
+
+    async def remove_engine(self, request: Request) -> Response:
+        fleet, engine_id = self._engines(), request.path_params["engine_id"]
+        self._check_not_draining()
+        await asyncio.to_thread(self._conflicting, fleet.remove_engine, engine_id)
+        return _json({"engine_id": engine_id, "state": "draining"}, status=202)
+
     async def live_status(self, request: Request) -> Response:  # noqa: ARG002
         status = msgspec.structs.replace(self._llm.status(), steps=tuple(self._llm.recent_steps))
+        engines = [] if self._fleet is None else await asyncio.to_thread(self._fleet.engines)
         return _json(
             {
                 "model": self._name,
+                "engines": [_engine_card(each, None) for each in engines],
                 "config": self._config,
                 "status": status,
                 "uptime_s": time.monotonic() - self._started_s,
@@ -429,6 +478,31 @@ class _Api:
         return self._page
 
     # Parts of the above
+
+    def _engines(self) -> Engines:
+        if self._fleet is None:
+            raise ApiError(
+                404,
+                "one engine serves alone here: start the server with prefill_replicas, decode_replicas or "
+                "a kv_transfer_config to have several",
+            )
+        return self._fleet
+
+    def _members(self) -> dict[str, EngineStatus]:
+        return {each.engine_id: each for each in self._llm.status().members}
+
+    def _check_not_draining(self) -> None:
+        if self._llm.draining:
+            raise ApiError(503, "the server is shutting down", code="engine_unavailable")
+
+    def _conflicting(self, change: Callable[[Any], T], what: Any) -> T:
+        """Change the fleet. Raises ApiError for what it does not have or will not do."""
+        try:
+            return change(what)
+        except UnknownEngineError as error:
+            raise ApiError(404, str(error), param="engine_id", code="engine_not_found") from None
+        except FleetError as error:
+            raise ApiError(409, str(error), code="engine_needed") from None
 
     def _card(self) -> dict[str, Any]:
         return {
@@ -486,6 +560,7 @@ class _Api:
                     num_draft_tokens=body.num_draft_tokens,
                     priority=body.priority,
                     cache_salt=body.cache_salt,
+                    session_id=_session_id(request, body),
                 )
                 streams.append(stream)
         except BaseException:
@@ -705,6 +780,27 @@ async def _merge(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, R
         await asyncio.gather(*waiting, return_exceptions=True)  # several may have failed at once
 
 
+def _engine_card(info: EngineInfo, status: EngineStatus | None) -> dict[str, Any]:
+    """An engine, and how it is where that is known."""
+    card: dict[str, Any] = {
+        "object": "engine",
+        "id": info.engine_id,
+        "role": info.role,
+        "state": info.state,
+        "error": info.error or None,
+    }
+    if status is not None:
+        card |= {
+            "num_running": status.num_running,
+            "num_waiting": status.num_waiting,
+            "num_blocks": status.num_blocks,
+            "num_free_blocks": status.num_free_blocks,
+            "links": list(status.links.addresses),
+            "transfers": msgspec.structs.asdict(status.transfers),
+        }
+    return card
+
+
 def _says_nothing(part: CompletionOutput) -> bool:
     return not (part.text or part.finish_reason or part.logprobs)
 
@@ -755,6 +851,12 @@ def _error_response(error: ApiError) -> Response:
 def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     body = msgspec.json.encode(value)
     return Response(body, status_code=status, media_type="application/json", headers=headers)
+
+
+def _session_id(request: Request, body: CompletionBody | ChatBody) -> str:
+    """The body's own word for it, or the header's, or OpenAI's."""
+    header = request.headers.get("x-session-id")
+    return body.session_id or header or body.prompt_cache_key or ""
 
 
 async def _read_body(request: Request) -> bytes:

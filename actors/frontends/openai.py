@@ -26,6 +26,7 @@ from paceline.runtime.outputs import CompletionOutput, Logprob, Position, Reques
 from paceline.runtime.requests import Job
 from paceline.runtime.tokenizer import Tokenizer
 from paceline.runtime.types import (
+    EngineRole,
     KvPolicyName,
     RequestMetrics,
     SamplingParams,
@@ -151,6 +152,10 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     return_metrics: bool = False
     priority: int = 0
     cache_salt: str = ""
+    session_id: str | None = None
+    """Requests of one session go to one engine where several serve."""
+    prompt_cache_key: str | None = None
+    """OpenAI's word for it."""
     num_draft_tokens: int | None = None
     request_id: str | None = None
 
@@ -196,9 +201,15 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tokens: list[int]
 
 
+class EngineBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /engines: what the new engine is for."""
+
+    role: EngineRole
+
+
 METADATA = frozenset(
     {
-        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+        *("user", "metadata", "store", "service_tier", "safety_identifier"),
         *("prompt_cache_retention", "parallel_tool_calls"),
     }
 )

@@ -17,10 +17,12 @@ from paceline.runtime.metrics import FINE_TOKEN_EDGES, TOKEN_EDGES, Metrics
 from paceline.runtime.types import (
     EngineStatus,
     Event,
+    KvLinks,
     RequestMetrics,
     SamplingParams,
     StageTimes,
     StepStats,
+    TransferTotals,
 )
 
 Sample = tuple[str, frozenset[tuple[str, str]]]
@@ -330,6 +332,60 @@ def test_what_never_happened_to_a_request_is_not_timed() -> None:
         for reason in ("stop", "length", "abort", "error")
     }
     assert ended == {"stop": 0, "length": 1, "abort": 1, "error": 1}
+
+
+def test_engines_that_serve_together_are_told_of_each_and_their_sum_is_the_servers() -> None:
+    links = KvLinks(addresses=("10.0.0.1:1",))
+    prefill = EngineStatus(
+        engine_id="prefill-0",
+        num_running=2,
+        num_waiting=1,
+        num_blocks=10,
+        num_free_blocks=5,
+        links=links,
+        transfers=TransferTotals(producing=2, produced=9, expired=1),
+    )
+    totals = TransferTotals(
+        fetching=1, fetched=4, failed=2, num_bytes=4096, seconds=2.0, unoverlapped_s=0.5
+    )
+    decode = EngineStatus(
+        engine_id="decode-0", num_running=7, num_waiting=0, links=links, transfers=totals
+    )
+    metrics = make_metrics()
+    status = EngineStatus(num_running=9, num_waiting=4, members=(prefill, decode))
+    metrics.on_status(status)
+    running, waiting = "paceline:num_requests_running", "paceline:num_requests_waiting"
+    found = [v for (name, _), v in scrape(metrics).items() if name == running]
+    assert sorted(found) == [2, 7], "engine 0 would count them twice"
+    assert value(metrics, "paceline:kv_cache_usage_perc", engine="prefill-0") == 0.5
+    assert value(metrics, waiting, engine="prefill-0") == 1
+    assert value(metrics, waiting, engine="router") == 3
+    for name, engine, expected in (
+        ("kv_transfers_total", "decode-0", 4),
+        ("kv_transfer_bytes_total", "decode-0", 4096),
+        ("kv_transfer_seconds_total", "decode-0", 2.0),
+        ("kv_transfer_unoverlapped_seconds_total", "decode-0", 0.5),
+        ("kv_transfer_stall_seconds_total", "decode-0", 0),
+        ("kv_transfer_failed_total", "decode-0", 2),
+        ("kv_transfer_corrupt_total", "decode-0", 0),
+        ("kv_lease_expired_total", "prefill-0", 1),
+        ("kv_transfers_producing", "prefill-0", 2),
+        ("kv_transfers_fetching", "decode-0", 1),
+    ):
+        assert value(metrics, f"paceline:{name}", engine=engine) == expected
+    for name, expected in (
+        ("nixl_xfer_time_seconds_sum", 2.0),
+        ("nixl_xfer_time_seconds_count", 4),
+        ("nixl_bytes_transferred_sum", 4096),
+        ("nixl_num_failed_transfers_total", 2),
+        ("nixl_num_kv_expired_reqs_total", 0),
+    ):
+        assert value(metrics, f"vllm:{name}", engine="decode-0") == expected
+
+
+def test_an_engine_without_links_has_no_transfers_to_tell_of() -> None:
+    names = {name for name, _ in scrape(make_metrics())}
+    assert not [name for name in names if "kv_transfer" in name or "nixl" in name]
 
 
 def test_two_servers_in_one_process_count_apart() -> None:

@@ -16,7 +16,7 @@ from tests.engines import REPLY, FakeEngine, endless, fake_facts, saying
 from paceline.actors.frontends import http
 from paceline.runtime.async_llm import AsyncLLM
 from paceline.runtime.config import EngineConfig, ServerConfig, SpeculativeConfig
-from paceline.runtime.types import EngineStatus
+from paceline.runtime.types import EngineRole, EngineStatus, KvLinks, TransferTotals
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -333,6 +333,88 @@ def status_of(uptime_s: float, *, num_steps: int, tokens: int) -> dict[str, Any]
         "uptime_s": uptime_s,
         "status": msgspec.to_builtins(status),
     }
+
+
+def live_fleet(uptime_s: float, *, fetched: int) -> dict[str, Any]:
+    """Two engines that write, one that reads, one that starts and one that did not."""
+    links = KvLinks(addresses=("10.0.0.1:1",))
+
+    def member(name: str, role: EngineRole, **numbers: int) -> EngineStatus:
+        return EngineStatus(
+            engine_id=name, role=role, links=links, num_blocks=1000, num_steps=1, **numbers
+        )
+
+    tokens = int(100 * uptime_s)
+    transfers = TransferTotals(
+        producing=2,
+        fetching=3,
+        fetched=fetched,
+        failed=1,
+        num_bytes=2_500_000_000,
+        unoverlapped_s=0.5,
+    )
+    members = (
+        member(
+            "prefill-0", "prefill", num_running=2, prompt_tokens=40 * tokens, num_free_blocks=250
+        ),
+        member("decode-0", "decode", num_running=5, generation_tokens=tokens, num_free_blocks=900),
+        member("decode-1", "decode", num_waiting=4, num_free_blocks=1000),
+    )
+    status = EngineStatus(num_running=7, num_steps=3, members=members, transfers=transfers)
+    engines = [
+        {"id": each.engine_id, "role": each.role, "state": "serving", "error": None}
+        for each in members
+    ]
+    engines += [
+        {"id": "decode-2", "role": "decode", "state": "starting", "error": None},
+        {"id": "prefill-1", "role": "prefill", "state": "failed", "error": "no room: " + "x" * 90},
+    ]
+    live = status_of(uptime_s, num_steps=3, tokens=tokens)
+    return live | {"status": msgspec.to_builtins(status), "engines": engines}
+
+
+def show_fleet(page: Any) -> None:
+    answers = [live_fleet(float(second), fetched=100) for second in range(1, 99)]
+    page.route("**/live/status", lambda route: route.fulfill(json=answers.pop(0)))
+    page.wait_for_function("() => by('writers').textContent.includes('100 tokens/s')")
+
+
+def test_engines_that_serve_together_and_what_moves_between_them_are_shown(
+    serve: Serve, open_page: OpenPage
+) -> None:
+    page = open_page(serve().url)
+    assert page.is_hidden("#fleet"), "one engine alone is no fleet"
+    show_fleet(page)
+    readers = page.locator("#readers li").all_inner_texts()
+    writers = page.locator("#writers li").all_inner_texts()
+    assert "prefill-0" in readers[0]
+    assert "2 running, 0 waiting, 4,000 tokens/s" in readers[0]
+    assert "KV 75\u202f% of 1,000 blocks" in readers[0]
+    assert "failed" in readers[1]
+    assert "no room" in readers[1]
+    assert "5 running, 0 waiting, 100 tokens/s" in writers[0]
+    assert "0 running, 4 waiting, 0 tokens/s" in writers[1]
+    assert "starting" in writers[2]
+    assert page.inner_text(".moved").split("\n") == [
+        "3 under way",
+        "100 prompts done",
+        "2.5\u202fGB received",
+        "5.0\u202fms each not overlapped",
+        "1 failed, read again",
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_engines_fit_narrow_and_wide_screens(
+    serve: Serve, open_page: OpenPage, scheme: str
+) -> None:
+    page = open_page(serve().url, color_scheme=scheme)
+    show_fleet(page)
+    cut = "all => all.filter(one => one.getBoundingClientRect().right > innerWidth).length"
+    for width in (360, 768, 1200, 1600):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+        assert page.eval_on_selector_all("#fleet, #fleet li, #fleet p, #fleet b", cut) == 0
 
 
 def test_text_of_a_model_is_never_markup(serve: Serve, open_page: OpenPage) -> None:
