@@ -82,6 +82,8 @@ class RayCluster:
                     f"machine has {there:g}: lower the replicas or tensor parallel sizes, or join a "
                     "cluster with ray_address"
                 )
+            self.num_nodes = max(1, len(_nodes(device)))
+            """With devices of the kind that is used."""
         except BaseException:
             self.close()
             raise
@@ -259,6 +261,7 @@ class RayEngine:
                 if gpu
                 else "cpu",  # Ray shows each actor its own GPU only, as number 0
                 shared_memory=not config.disable_custom_all_reduce,
+                num_threads=config.cpu_threads,
                 timeout_s=config.load_timeout_s,
             )
             for rank, node_id in enumerate(node_ids)

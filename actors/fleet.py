@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections import defaultdict
@@ -148,23 +149,27 @@ def engine_config(
 def open_fleet(config: EngineConfig, facts: Facts, settings: FleetConfig) -> Fleet:
     """A fleet where the config says, all of whose engines serve. Raises UserError or EngineError, with
     everything taken down."""
-    if config.distributed_executor_backend != "ray":
-        from paceline.runtime import local
-
-        return Fleet(config, facts, settings, start=local.connect)
-    from paceline.actors.app import RayCluster
-
     linked = _is_linked(settings, config)
     configs = [
         engine_config(config, settings, role=role, engine_id=role, linked=linked)
         for role in first_roles(settings, config)
     ]
-    cluster = RayCluster(
-        config,
-        num_ranks=sum(each.world_size for each in configs),
-        spread=settings.engine_placement == "spread",
-    )
+    num_ranks = sum(each.world_size for each in configs)
+    if config.distributed_executor_backend != "ray":
+        from paceline.runtime import local
+
+        return Fleet(_sharing(config, num_ranks), facts, settings, start=local.connect)
+    from paceline.actors.app import RayCluster
+
+    cluster = RayCluster(config, num_ranks=num_ranks, spread=settings.engine_placement == "spread")
+    config = _sharing(config, -(-num_ranks // cluster.num_nodes))
     return Fleet(config, facts, settings, start=cluster.start, on_close=cluster.close)
+
+
+def _sharing(config: EngineConfig, num_ranks: int) -> EngineConfig:
+    """So many ranks of several engines share the cores of a host."""
+    threads = config.cpu_threads or max(1, (os.cpu_count() or 1) // num_ranks)
+    return msgspec.structs.replace(config, cpu_threads=threads)
 
 
 def _is_linked(settings: FleetConfig, config: EngineConfig) -> bool:

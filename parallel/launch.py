@@ -12,12 +12,15 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from paceline.parallel.collectives import Alone, Collectives, ProcessGroup, shared_memory
 from paceline.parallel.mesh import Axis, Mesh
 from paceline.parallel.rank import RankSpec
+
+_ANY_PORT = 9
 
 
 def solo_mesh(device: torch.device | str = "cpu") -> Mesh:
@@ -30,11 +33,12 @@ def join(spec: RankSpec) -> Mesh:
     """Meet the other ranks and return this one's mesh. Blocks for at most `timeout_s`; raises
     RuntimeError then.
 
-    Sets the environment that NCCL, Gloo and DeepSpeed read, and the number of OpenMP threads: ranks
-    that share a CPU host share its cores.
+    Sets the environment that NCCL, Gloo and DeepSpeed read, but for interfaces that the user has
+    named, and the number of OpenMP threads: ranks that share a CPU host share its cores.
     """
     if spec.device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // spec.local_size))
+        share = max(1, (os.cpu_count() or 1) // spec.local_size)
+        torch.set_num_threads(spec.num_threads or share)
     if spec.world_size == 1:
         return solo_mesh(spec.device)
     os.environ.update(
@@ -45,6 +49,8 @@ def join(spec: RankSpec) -> Mesh:
         LOCAL_RANK=str(spec.local_rank),
         LOCAL_SIZE=str(spec.local_size),
     )
+    if spec.local_size < spec.world_size:
+        _meet_over_the_network(spec)
     device = (
         torch.device("cuda", spec.device_index) if spec.device == "cuda" else torch.device("cpu")
     )
@@ -95,6 +101,31 @@ def spawn(
     for process in processes:
         process.start()
     return list(processes)
+
+
+def _meet_over_the_network(spec: RankSpec) -> None:
+    """Have Gloo and NCCL listen where the others' host is reached. By itself Gloo listens where this
+    host's name leads to, which may be loopback, or nowhere."""
+    interface = route_interface(spec.master_addr)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+
+
+def route_interface(host: str) -> str | None:
+    """The network interface with the address from which this host speaks to another; None if there
+    is no way there, or no such interface."""
+    try:
+        family, _, _, _, peer = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect(peer)  # sends nothing
+            address = sock.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.family == family and each.address == address for each in addresses):
+            return name
+    return None
 
 
 def _world_collectives(spec: RankSpec, device: torch.device) -> Collectives:

@@ -232,6 +232,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="Where ranks live: Ray actors, local processes, or this process (one rank)."
         ),
     ] = None
+    cpu_threads: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(
+            description="Threads of each rank on a CPU; if not given, its share of the host's cores."
+        ),
+    ] = None
     disable_custom_all_reduce: Annotated[
         bool,
         Meta(

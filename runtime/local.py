@@ -116,12 +116,12 @@ def _engine_process(
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a start that is given up ends its ranks
-    if "OMP_NUM_THREADS" not in os.environ:
+    if config.cpu_threads is not None or "OMP_NUM_THREADS" not in os.environ:
         import torch
 
         # one core is the frontend's: threads that wait for one another wait longest where they
         # outnumber the cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
+        torch.set_num_threads(config.cpu_threads or max(1, (os.cpu_count() or 1) - 1))
     try:
         engine = _engine(config, max_model_len=max_model_len)
     except Exception as error:  # whatever it is, the parent must hear of it rather than wait
@@ -217,6 +217,7 @@ class LocalProcesses:
                 device=device,
                 device_index=rank,
                 shared_memory=not config.disable_custom_all_reduce,
+                num_threads=config.cpu_threads,
                 timeout_s=config.load_timeout_s,
             )
             for rank in range(size)

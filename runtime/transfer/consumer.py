@@ -356,7 +356,7 @@ class Consumer:
         told = description.message
         if pb.SHARED_MEMORY in told.planes and part.peer.shared is None:
             try:
-                part.peer.shared = SharedPools(told.shared_memory, description.layouts)
+                part.peer.share(SharedPools(told.shared_memory, description.layouts))
             except (OSError, ValueError, EngineError) as error:
                 logger.debug("%s is out of reach of shared memory: %s", part.peer.address, error)
         if part.peer.shared is not None:

@@ -85,7 +85,7 @@ class Peer:
         self.description: Description | None = None
         """As of the last time it was asked; forgotten when it may have been started again."""
         self.shared: SharedPools | None = None
-        """Its pools, where they are in this host's memory."""
+        """Its pools, where they are in this host's memory, as long as it lives."""
         self._control: grpc.aio.Channel | None = None
         self._lanes: dict[int, grpc.aio.Channel] = {}
 
@@ -124,10 +124,16 @@ class Peer:
         writer.close()
         return False
 
+    def share(self, pools: SharedPools) -> None:
+        """Read its memory; until it ends, whether anybody fetches from it then or not."""
+        self.shared = pools
+        asyncio.get_running_loop().add_reader(pools.process, self.forget)
+
     def forget(self) -> None:
         """It may have been started again."""
         self.description = None
         if self.shared is not None:
+            asyncio.get_running_loop().remove_reader(self.shared.process)
             self.shared.close()
             self.shared = None
 

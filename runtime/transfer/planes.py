@@ -192,6 +192,8 @@ class ShmPlane:
         """Copy what can be copied; whether there was any."""
         found = False
         for name, share, have, first, stop in list(part.missing()):
+            if self._shared.is_closed:
+                raise BrokenError("the producer's process has ended")
             ready = self._ready(part, opened, name, share)
             at = first + int(np.argmin(have[first:stop]))
             pool = self._shared.pools[name]

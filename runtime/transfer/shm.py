@@ -67,6 +67,9 @@ class SharedPools:
         sizes = (told.num_slots, told.num_layers, told.num_draft_layers)
         if max(sizes) >= 1 << 16:
             raise ValueError(f"a board of {sizes}")
+        self.process = os.pidfd_open(told.pid)
+        """Readable once that process has ended: nobody gives its memory back while it is mapped here."""
+        self.is_closed = False
         self._maps: list[mmap.mmap] = []
         try:
             geometry = dict(
@@ -89,7 +92,11 @@ class SharedPools:
             raise
 
     def close(self) -> None:
-        """Their memory is given back with the last view of it."""
+        """Their memory is given back with the last view of it. Safe to call twice."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        os.close(self.process)
         self.pools = {}
         self._maps.clear()
 

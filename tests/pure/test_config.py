@@ -52,6 +52,7 @@ GENERATE_FLAGS = [
     "--kv-transfer-config",
     "--device",
     "--distributed-executor-backend",
+    "--cpu-threads",
     "--disable-custom-all-reduce",
     "--no-disable-custom-all-reduce",
     "--ray-address",
