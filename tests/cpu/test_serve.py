@@ -17,6 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from paceline.actors.commands import serve
+from paceline.runtime.types import EngineStatus, TransferTotals
+
 ROOT = Path(__file__).parents[2]
 SOON_S = 20.0
 
@@ -27,15 +30,26 @@ from paceline.actors import cli
 from paceline.actors.commands import serve
 from tests.engines import FakeEngine, fake_facts
 
-engine = FakeEngine(step_s=0.03)
-if "--lose" in sys.argv:
+engines = []
+lose = "--lose" in sys.argv
+
+def connect(config, facts, **how):
+    engine = FakeEngine(step_s=0.03)
+    engines.append(engine)
+    if lose and engine is engines[0]:
+        threading.Timer(1.0, engine.fail, ["rank 0 died"]).start()
+    return engine
+
+if lose:
     sys.argv.remove("--lose")
-    threading.Timer(1.0, engine.fail, ["rank 0 died"]).start()
+if "mp" in sys.argv:
+    from paceline.runtime import local
+    local.connect = connect
 facts = fake_facts(Path(tempfile.mkdtemp()))
 serve.examine = lambda config: facts
-serve._connect = lambda config, facts: engine
+serve._connect = connect
 code = cli.main(["serve", *sys.argv[1:]])
-assert engine.closed or code == 2, "the engine must be closed"
+assert all(each.closed for each in engines), "every engine must be closed"
 sys.exit(code)
 """
 
@@ -124,6 +138,43 @@ def test_a_lost_engine_ends_it_with_1_and_a_line(start: Start) -> None:
     _, err = process.communicate(timeout=SOON_S)
     assert process.returncode == 1
     assert err.splitlines()[-1] == "paceline: the engine is lost: rank 0 died"
+
+
+def test_engines_that_serve_together_are_named_when_they_are_ready_and_one_lost_ends_nothing(
+    start: Start,
+) -> None:
+    flags = ("--distributed-executor-backend", "mp", "--prefill-replicas", "1")
+    process = start("--port", "0", "--lose", *flags)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    ready = re.fullmatch(
+        r"paceline: embedded is ready at (http://\S+), served by prefill-0 and decode-0\n", line
+    )
+    assert ready, f"{line!r} {process.communicate(timeout=SOON_S)}"
+    with httpx.Client(base_url=ready[1], timeout=SOON_S) as client:
+        deadline = time.monotonic() + SOON_S
+        names = {"prefill-0", "decode-0"}
+        while names == {"prefill-0", "decode-0"}:
+            assert time.monotonic() < deadline
+            names = {each["id"] for each in client.get("/engines").json()["data"]}
+        assert names in ({"prefill-1", "decode-0"}, {"prefill-0", "decode-1"})
+        answer = client.post("/v1/completions", json={"prompt": "hi", "max_tokens": 5})
+        assert answer.status_code == 200
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=SOON_S)
+    assert process.returncode == 0, err
+    assert "is lost: rank 0 died" in err
+
+
+def test_what_moved_between_engines_is_in_the_log_line_where_anything_did() -> None:
+    before, quiet = EngineStatus(), EngineStatus(num_blocks=2, num_free_blocks=1)
+    moved = TransferTotals(fetched=4, num_bytes=12_500_000, unoverlapped_s=0.02, failed=1)
+    busy = EngineStatus(num_blocks=2, num_free_blocks=1, transfers=moved)
+    line = serve._stats(before, quiet, 10.0)
+    assert line.endswith("KV 50% used")
+    assert serve._stats(before, busy, 10.0) == (
+        f"{line}; 4 prompts fetched, 12.5 MB, 5 ms of each not overlapped; 1 fetches failed"
+    )
 
 
 def test_a_port_in_use_ends_it_with_2_before_anything_is_loaded(start: Start) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -188,6 +189,33 @@ def test_a_killed_producer_fails_the_fetch_and_its_successor_serves(
     consumer.line.tell(fetch)
     assert consumer.line.ended().error is None
     assert transfer.num_missing() == 0
+
+
+def test_memory_of_a_producer_that_died_is_let_go_though_nobody_fetches(
+    make_link: MakeLink,
+) -> None:
+    producer, consumer = make_link(), make_link(data_plane="shm")
+    address = producer.start().address
+    consumer.start()
+    assert producer.process is not None
+    assert consumer.process is not None
+    transfer = Transfer(producer, consumer)
+    transfer.offer()
+    consumer.line.tell(a_fetch((address,), transfer.ours, TOKENS))
+    transfer.finish()
+    assert consumer.line.ended().error is None
+    theirs = {os.fstat(fd).st_ino for fd in producer.rank.pass_fds()}
+
+    def is_mapped() -> bool:
+        maps = Path(f"/proc/{consumer.process.pid}/maps").read_text()  # type: ignore[union-attr]
+        return any(int(line.split()[4]) in theirs for line in maps.splitlines())
+
+    assert is_mapped()
+    producer.process.kill()
+    deadline = time.monotonic() + links.WAIT_S
+    while is_mapped():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_killed_consumer_costs_the_producer_its_lease_and_no_more(make_link: MakeLink) -> None:
