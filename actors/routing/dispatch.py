@@ -405,13 +405,13 @@ class Dispatcher:
         routed.writer, routed.started = None, False
 
     def _leave_reader(self, routed: _Routed) -> None:
-        """The reader need not hold the prompt any longer."""
+        """The reader need not hold the prompt any longer: where the writer could not fetch it, nobody
+        else would tell."""
         reader = routed.reader
         if reader is not None:
             reader.serving.discard(routed.name)
             reader.on_read(routed.name)
-            if not routed.started or routed.read_s is None:
-                _abort_at(reader, routed.name)
+            _abort_at(reader, routed.name)
         routed.reader = routed.read_s = None
 
     def _end_here(self, routed: _Routed, reason: FinishReason, error: str | None = None) -> None:

@@ -218,9 +218,11 @@ class Scheduler:
 
     def abort(self, request_id: str) -> TokenDelta | None:
         """Drop a request wherever it is; its terminal delta, or None if it is not here. Its blocks
-        are free at once, and the ranks forget it with the next plan."""
+        are free at once, and the ranks forget it with the next plan. One that has ended is not here,
+        but its KV may be, held for a consumer that will not come."""
         running = self._requests.get(request_id)
         if running is None:
+            self.transfers.let_go(request_id, reason="aborted")
             return None
         if running.state is State.WAITING:
             self._num_waiting -= 1

@@ -165,6 +165,12 @@ class TransferBook:
         else:
             self.orders.append(Cancel(transfer_id=transfer.transfer_id))
 
+    def let_go(self, request_id: str, *, reason: str) -> None:
+        """Nobody wants what a request that has ended is still held for."""
+        for each in self._transfers.values():
+            if each.producing and each.kept is not None and each.request_id == request_id:
+                self.orders.append(Withdraw(transfer_id=each.transfer_id, reason=reason))
+
     def refuse(self, transfer_id: str, reason: str) -> None:
         """A transfer that never was offered never will be: whoever waits for it shall know."""
         self.orders.append(Withdraw(transfer_id=transfer_id, reason=reason))

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 namespace {
 
 constexpr int PAGE = 16;
@@ -57,6 +61,34 @@ void transpose(const T *from, T *to, int rows, int columns) {
     }
 }
 
+// Asks for memory before it is wanted: hardware looks ahead only to the end of a 4 KiB page.
+void expect(const void *from, int64_t bytes) {
+    const char *at = (const char *)from;
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
+}
+
+// What is written is not looked at soon, so it goes past the caches where the processor lets it: a line that is
+// written whole need not be read first. `to` is aligned to a vector.
+template <class T>
+void put(T *to, const T *from, int count) {
+#ifdef __SSE2__
+    constexpr int N = VECTOR / sizeof(T);
+    int i = 0;
+    for (; i + N <= count; i += N) _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+    for (; i < count; i++) to[i] = from[i];
+#else
+    std::memcpy(to, from, count * sizeof(T));
+#endif
+}
+
+void settle() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
+constexpr int WIDEST = 512;  // heads wider than this are moved without a buffer
+
 // pool: the first of U heads that lie side by side, in page 0; `stride` elements to the same in the next page.
 template <class T>
 void gather(const T *pool, int64_t stride, const int64_t *pages, int64_t N, int U, int D, T *out) {
@@ -64,6 +96,8 @@ void gather(const T *pool, int64_t stride, const int64_t *pages, int64_t N, int 
     for (int64_t n = 0; n < N; n++) {
         const T *from = pool + pages[n] * stride;
         for (int u = 0; u < U; u++, from += 2 * half, out += 2 * half) {
+            const T *next = u + 1 < U ? from + 2 * half : n + 1 < N ? pool + pages[n + 1] * stride : from;
+            expect(next, 2 * half * sizeof(T));
             transpose(from, out, D, PAGE);
             std::memcpy(out + half, from + half, half * sizeof(T));
         }
@@ -76,10 +110,18 @@ void scatter(T *pool, int64_t stride, const int64_t *pages, int64_t N, int U, in
     for (int64_t n = 0; n < N; n++) {
         T *to = pool + pages[n] * stride;
         for (int u = 0; u < U; u++, to += 2 * half, data += 2 * half) {
-            transpose(data, to, PAGE, D);
-            std::memcpy(to + half, data + half, half * sizeof(T));
+            if (D > WIDEST || (uintptr_t)to % VECTOR || D % (VECTOR / sizeof(T))) {
+                transpose(data, to, PAGE, D);
+                std::memcpy(to + half, data + half, half * sizeof(T));
+                continue;
+            }
+            alignas(64) T keys[PAGE * WIDEST];
+            transpose(data, keys, PAGE, D);
+            put(to, keys, half);
+            put(to + half, data + half, half);
         }
     }
+    settle();
 }
 
 typedef uint16_t Bf16;

@@ -31,6 +31,7 @@ from paceline.runtime.transfer.frames import (
     decode_frame,
 )
 from paceline.runtime.transfer.layout import MODELS, PAGE, ModelName, Share
+from paceline.runtime.transfer.pages import Pages
 from paceline.runtime.transfer.peers import BrokenError, TransferError
 from paceline.runtime.transfer.receiving import Part
 from paceline.runtime.transfer.shm import SharedPools
@@ -192,19 +193,16 @@ class ShmPlane:
         """Copy what can be copied; whether there was any."""
         found = False
         for name, share, have, first, stop in list(part.missing()):
-            if self._shared.is_closed:
-                raise BrokenError("the producer's process has ended")
             ready = self._ready(part, opened, name, share)
             at = first + int(np.argmin(have[first:stop]))
-            pool = self._shared.pools[name]
-            width = pool.layout.page_bytes(share.head_stop - share.head_start)
+            width = self._pool(name).layout.page_bytes(share.head_stop - share.head_start)
             step = max(COPY_BYTES // width, 1)
             for begin in range(at, min(ready, stop), step):
                 end = min(begin + step, ready, stop)
                 pages = np.empty((end - begin, width), dtype=np.uint8)
                 heads = (share.layer, share.head_start, share.head_stop)
                 try:
-                    pool.gather(*heads, theirs[begin:end], pages)
+                    self._pool(name).gather(*heads, theirs[begin:end], pages)
                 except EngineError as error:
                     raise TransferError(str(error)) from None
                 part.put(name, share, have, begin, pages)
@@ -213,10 +211,17 @@ class ShmPlane:
                 await asyncio.sleep(0)
         return found
 
+    def _pool(self, name: ModelName) -> Pages:
+        """Not to be kept: a frame that an exception keeps alive would keep the memory. Raises
+        BrokenError once the producer has ended."""
+        if self._shared.is_closed:
+            raise BrokenError("the producer's process has ended")
+        return self._shared.pools[name]
+
     def _ready(self, part: Part, opened: pb.OpenResponse, name: ModelName, share: Share) -> int:
         """Pages of a share that are written."""
         draft = name == MODELS[1]
-        marks = self._shared.board.read(opened.slot, opened.generation, draft=draft)
+        marks = self._shared.marks(opened.slot, opened.generation, draft=draft)
         if marks is None or share.layer >= len(marks):
             return 0
         mark, end = int(marks[share.layer]), part.progress.fetch.num_tokens

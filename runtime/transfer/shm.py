@@ -14,6 +14,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from paceline.proto import kv_transfer_pb2 as pb
 from paceline.runtime.transfer.board import Board
 from paceline.runtime.transfer.layout import ModelLayout, ModelName
@@ -56,7 +59,8 @@ def advertise(spec: LinkSpec, nonce: bytes) -> pb.SharedMemory | None:
 
 
 class SharedPools:
-    """Another process's pools and board, mapped here."""
+    """Another process's pools and board, mapped here until it is closed: whoever keeps a pool or the
+    board beside it keeps the memory too, which its owner may have left to this process alone."""
 
     def __init__(self, told: pb.SharedMemory, layouts: dict[ModelName, ModelLayout]) -> None:
         """Raises OSError or ValueError where they are out of reach or not the ones that are meant."""
@@ -70,16 +74,17 @@ class SharedPools:
         self.process = os.pidfd_open(told.pid)
         """Readable once that process has ended: nobody gives its memory back while it is mapped here."""
         self.is_closed = False
-        self._maps: list[mmap.mmap] = []
+        self.pools: dict[ModelName, Pages] = {}
+        """Empty once it is closed."""
+        self._board: Board | None = None
         try:
             geometry = dict(
                 zip(("num_slots", "num_layers", "num_draft_layers"), sizes, strict=True)
             )
             board = self._map(told.pid, told.board_fd, Board.nbytes(**geometry))
-            self.board = Board(board, **geometry)
-            if self.board.nonce != told.nonce:
+            self._board = Board(board, **geometry)
+            if self._board.nonce != told.nonce:
                 raise ValueError("another process's memory under that number")
-            self.pools: dict[ModelName, Pages] = {}
             for pool in told.pools:
                 name = model_name(pool.model)
                 memory = self._map(told.pid, pool.fd, pool.num_bytes)
@@ -91,22 +96,26 @@ class SharedPools:
             self.close()
             raise
 
+    def marks(self, slot: int, generation: int, *, draft: bool) -> NDArray[np.int64] | None:
+        """As `Board.read`."""
+        if self._board is None:
+            return None
+        return self._board.read(slot, generation, draft=draft)
+
     def close(self) -> None:
-        """Their memory is given back with the last view of it. Safe to call twice."""
+        """Give the memory back. Safe to call twice."""
         if self.is_closed:
             return
         self.is_closed = True
         os.close(self.process)
-        self.pools = {}
-        self._maps.clear()
+        self.pools, self._board = {}, None
 
-    def _map(self, pid: int, fd: int, num_bytes: int) -> mmap.mmap:
+    @staticmethod
+    def _map(pid: int, fd: int, num_bytes: int) -> mmap.mmap:
         file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             if os.fstat(file).st_size < num_bytes:
                 raise ValueError(f"a file shorter than {num_bytes} bytes")
-            mapped = mmap.mmap(file, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+            return mmap.mmap(file, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
         finally:
             os.close(file)
-        self._maps.append(mapped)
-        return mapped

@@ -191,8 +191,9 @@ def test_a_killed_producer_fails_the_fetch_and_its_successor_serves(
     assert transfer.num_missing() == 0
 
 
-def test_memory_of_a_producer_that_died_is_let_go_though_nobody_fetches(
-    make_link: MakeLink,
+@pytest.mark.parametrize("fetching", [False, True])
+def test_memory_of_a_producer_that_died_is_let_go_whether_somebody_fetches_or_not(
+    make_link: MakeLink, fetching: bool
 ) -> None:
     producer, consumer = make_link(), make_link(data_plane="shm")
     address = producer.start().address
@@ -202,8 +203,12 @@ def test_memory_of_a_producer_that_died_is_let_go_though_nobody_fetches(
     transfer = Transfer(producer, consumer)
     transfer.offer()
     consumer.line.tell(a_fetch((address,), transfer.ours, TOKENS))
-    transfer.finish()
-    assert consumer.line.ended().error is None
+    if fetching:
+        transfer.compute(32)
+        transfer.wait_for(3 * 3)
+    else:
+        transfer.finish()
+        assert consumer.line.ended().error is None
     theirs = {os.fstat(fd).st_ino for fd in producer.rank.pass_fds()}
 
     def is_mapped() -> bool:

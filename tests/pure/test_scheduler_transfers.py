@@ -317,6 +317,23 @@ def test_what_is_offered_is_held_after_its_request_has_ended() -> None:
     assert both.prefill.scheduler.status().transfers.expired == 1
 
 
+def test_what_is_held_for_a_consumer_that_will_not_come_can_be_let_go() -> None:
+    both = pair()
+    both.prefill.add(produce(make_request(prompt=30)))
+    for _ in range(5):
+        both.step(both.prefill)
+    scheduler = both.prefill.scheduler
+    for name in ("another", "a"):
+        assert scheduler.abort(name) is None
+    withdrawals = [Withdraw(transfer_id="t-a", reason="aborted")]
+    assert scheduler.transfers.take_orders() == withdrawals
+    assert scheduler.status().num_free_blocks < 64
+    both.end_producer("t-a", error="withdrawn: aborted")
+    assert scheduler.status().num_free_blocks == 64
+    scheduler.abort("a")
+    assert scheduler.transfers.take_orders() == []
+
+
 def test_no_more_is_offered_at_once_than_there_are_slots() -> None:
     both = pair(rows=64, seats=16, num_blocks=200)
     for number in range(SLOTS + 3):
