@@ -207,6 +207,7 @@ class LinkClient:
         self._news.send(b"")
         self._lock = threading.Lock()
         self._watch = watch
+        self._watched_s = time.monotonic()
         self._on_close = on_close
         self._closed = False
         self._status = EngineStatus()
@@ -246,11 +247,14 @@ class LinkClient:
         deadline = time.monotonic() + wait_s
         while True:
             left = max(0.0, deadline - time.monotonic())
-            if self._news.poll(math.ceil(min(left, WATCH_EVERY_S) * 1e3)):
-                if deltas := self._receive():
-                    return deltas
-            elif (why := self._watch()) is not None:
-                raise EngineError(why)
+            told = self._news.poll(math.ceil(min(left, WATCH_EVERY_S) * 1e3))
+            if told and (deltas := self._receive()):
+                return deltas
+            now_s = time.monotonic()
+            if not told or now_s - self._watched_s >= WATCH_EVERY_S:
+                self._watched_s = now_s
+                if (why := self._watch()) is not None:
+                    raise EngineError(why)
             if left == 0:
                 return []
 
