@@ -410,6 +410,7 @@ class TransferTotals(WireType, frozen=True, kw_only=True, omit_defaults=True):
     fetching: int = 0
     """Requests whose blocks are reserved and being filled from another engine."""
     produced: int = 0
+    """Prompts read here for another engine, and let go of since."""
     fetched: int = 0
     failed: int = 0
     """Fetches that had to be computed here instead."""

@@ -52,6 +52,8 @@ class Transfer:
     generation: int = 0
     kept: list[int] | None = None
     """Its blocks, once its request is gone."""
+    is_let_go: bool = False
+    """Whether it was read to its end and the router needs it no more."""
 
 
 @dataclass(slots=True)
@@ -169,6 +171,7 @@ class TransferBook:
         """Nobody wants what a request that has ended is still held for."""
         for each in self._transfers.values():
             if each.producing and each.kept is not None and each.request_id == request_id:
+                each.is_let_go = True
                 self.orders.append(Withdraw(transfer_id=each.transfer_id, reason=reason))
 
     def refuse(self, transfer_id: str, reason: str) -> None:
@@ -196,7 +199,7 @@ class TransferBook:
         )
 
     def _count(self, transfer: Transfer, end: TransferEnd) -> None:
-        stats, so_far, ok = end.stats, self._totals, end.error is None
+        stats, so_far, ok = end.stats, self._totals, end.error is None or transfer.is_let_go
         if transfer.producing:
             self._totals = msgspec.structs.replace(
                 so_far,
