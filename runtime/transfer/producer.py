@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -60,9 +59,6 @@ MAX_WAIT_S = 3600.0
 """Of a call whose caller sets no deadline."""
 FIRST_CONTROL_S = 10.0
 STOP_S = 1.0
-BESIDE_BYTES = 1 << 19
-"""Frames of at least so many bytes are made in a thread: the loop has others to serve meanwhile."""
-NUM_MAKERS = 1
 
 
 class Producer:
@@ -116,7 +112,6 @@ class Producer:
         self.withdraw = self._offers.withdraw
         self.progressed = self._offers.progressed
         self._server: grpc.aio.Server | None = None
-        self._makers = ThreadPoolExecutor(NUM_MAKERS, thread_name_prefix="frames")
 
     # --------------------------------------------------------------------------- the engine's side
 
@@ -137,7 +132,6 @@ class Producer:
         self._offers.end_all("the producer's link is being stopped")
         if self._server is not None:
             await self._server.stop(STOP_S)
-        self._makers.shutdown(wait=False)
 
     # ------------------------------------------------------------------------ the consumer's calls
 
@@ -256,7 +250,6 @@ class Producer:
 
     async def _send(self, ticket: Ticket, lane: Lane, context: Any) -> None:
         """All that is ready, until there will be no more. The lease is its deadline."""
-        loop = asyncio.get_running_loop()
         async with Writer(context) as writer:
             while True:
                 if ticket.over == DELIVERED:
@@ -265,13 +258,7 @@ class Producer:
                 chunk = ticket.peek()
                 if chunk is not None and ticket.frame_bytes(chunk) <= lane.credit:
                     ticket.stalled(False)
-                    making = ticket.take(chunk, lane, boot_id=self._boot_id)
-                    if making.num_bytes < BESIDE_BYTES:
-                        body = making.frame()
-                    else:  # while the loop hands the one before to the network
-                        body = await loop.run_in_executor(self._makers, making.frame)
-                        _check_open(ticket)
-                    lane.digest.add(body)
+                    body = ticket.make_frame(chunk, lane, boot_id=self._boot_id)
                     await writer.write(body if self._tamper is None else self._tamper(body))
                 elif chunk is None and ticket.finished():
                     break

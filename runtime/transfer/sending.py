@@ -62,23 +62,6 @@ class Chunk(NamedTuple):
     stop: int
 
 
-class Making(NamedTuple):
-    """A frame that has its place among others but is not made yet. `frame` may be called from any
-    thread, once."""
-
-    ticket: Ticket
-    chunk: Chunk
-    num_bytes: int
-    lane: int
-    sequence: int
-    boot_id: int
-
-    def frame(self) -> bytes:
-        """Raises CodecError where it cannot be encoded. Whoever sends it must see first that its ticket
-        is still open: else the blocks may have been another's while they were read."""
-        return self.ticket._make(self)
-
-
 class Ticket:
     """One consumer rank's opening of one transfer."""
 
@@ -146,15 +129,43 @@ class Ticket:
         heads = run.head_stop - run.head_start
         return HEADER_BYTES + self.codec.encoded_bytes(chunk.stop - chunk.first, heads, layout)
 
-    def take(self, chunk: Chunk, lane: Lane, *, boot_id: int) -> Making:
-        """Count a chunk as sent on a lane: its frame is to be made and sent next there."""
+    def make_frame(self, chunk: Chunk, lane: Lane, *, boot_id: int) -> bytes:
+        """The chunk's frame, which counts as sent. Raises CodecError where it cannot be encoded."""
+        run, first, stop = chunk
+        name = model_name(run.model)
+        pool = self._pools[name]
+        heads, count = run.head_stop - run.head_start, stop - first
         size = self.frame_bytes(chunk)
-        making = Making(self, chunk, size, lane.number, lane.sequence, boot_id)
+        body, payload = new_frame(size - HEADER_BYTES)
+        room = np.frombuffer(payload, dtype=np.uint8)
+        where = self._pool_pages[name][first:stop]
+        place = (run.layer, run.head_start, run.head_stop, where)
+        if self.codec.id == pb.NONE:
+            pool.gather(*place, room.reshape(count, -1))
+        else:
+            pages = np.empty((count, pool.layout.page_bytes(heads)), dtype=np.uint8)
+            pool.gather(*place, pages)
+            self.codec.encode(pages, heads, pool.layout, room)
+        seal_pages(
+            body,
+            boot_id=boot_id,
+            ticket=self.number,
+            lane=lane.number,
+            sequence=lane.sequence,
+            model=run.model,
+            codec=self.codec.id,
+            layer=run.layer,
+            head_start=run.head_start,
+            num_heads=heads,
+            first_page=first,
+            num_pages=count,
+        )
         lane.sequence += 1
         lane.credit -= size
+        lane.digest.add(body)
         self.num_bytes += size
         self._take(chunk)
-        return making
+        return body
 
     def stalled(self, is_stalled: bool) -> None:
         """Whether pages are ready and no lane has the credit to send them."""
@@ -183,37 +194,6 @@ class Ticket:
             end = min(end, self.handover.draft_exact)
         ready: list[int] = np.where(marks >= end, num_pages(end), marks // PAGE).tolist()
         return ready
-
-    def _make(self, making: Making) -> bytes:
-        run, first, stop = making.chunk
-        name = model_name(run.model)
-        pool = self._pools[name]
-        heads, count = run.head_stop - run.head_start, stop - first
-        body, payload = new_frame(making.num_bytes - HEADER_BYTES)
-        room = np.frombuffer(payload, dtype=np.uint8)
-        where = self._pool_pages[name][first:stop]
-        place = (run.layer, run.head_start, run.head_stop, where)
-        if self.codec.id == pb.NONE:
-            pool.gather(*place, room.reshape(count, -1))
-        else:
-            pages = np.empty((count, pool.layout.page_bytes(heads)), dtype=np.uint8)
-            pool.gather(*place, pages)
-            self.codec.encode(pages, heads, pool.layout, room)
-        seal_pages(
-            body,
-            boot_id=making.boot_id,
-            ticket=self.number,
-            lane=making.lane,
-            sequence=making.sequence,
-            model=run.model,
-            codec=self.codec.id,
-            layer=run.layer,
-            head_start=run.head_start,
-            num_heads=heads,
-            first_page=first,
-            num_pages=count,
-        )
-        return body
 
     def _take(self, chunk: Chunk) -> None:
         run = chunk.run
