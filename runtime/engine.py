@@ -62,7 +62,7 @@ class Engine:
         self.executor = executor
         self.links = links
         self.stalled = False
-        """Whether the last step had nothing to do but wait for the links."""
+        """Whether the last step found nothing to do before a command comes or a transfer ends."""
         self._ranks = ranks
         self._ended: list[TokenDelta] = []
         """Terminal deltas of requests that no step ended."""
@@ -72,7 +72,6 @@ class Engine:
         return bool(self._ended) or (self.scheduler.has_work and not self.stalled)
 
     def submit(self, requests: list[Request]) -> None:
-        self.stalled = False
         for request in requests:
             try:
                 self.scheduler.add(request)
@@ -84,21 +83,15 @@ class Engine:
                 )
 
     def abort(self, request_ids: list[str]) -> None:
-        self.stalled = False
         deltas = (self.scheduler.abort(request_id) for request_id in request_ids)
         self._ended += [delta for delta in deltas if delta is not None]
         self._order()
 
     def poll(self, wait_s: float = 1.0) -> list[TokenDelta]:  # noqa: ARG002 nothing to wait for
-        self.follow_links()
         ended, self._ended = self._ended, []
-        return ended + (self.step() if self.scheduler.has_work else [])
-
-    def follow_links(self) -> None:
-        """Take note of KV transfers that have ended."""
         for end in self.links.receive() if self.links is not None else ():
-            self.stalled = False
-            self._ended += self.scheduler.transferred(end)
+            ended += self.scheduler.transferred(end)
+        return ended + (self.step() if self.scheduler.has_work else [])
 
     def step(self) -> list[TokenDelta]:
         """One step for whatever is scheduled."""

@@ -34,12 +34,9 @@ def run_engine(engine: Engine, link: LinkServer, *, wanted: Callable[[], bool]) 
                     engine.submit(list(command.requests))
                 else:
                     engine.abort(list(command.request_ids))
-            engine.follow_links()
-            if engine.has_work:
-                link.send(engine.poll(), engine.status)
-            else:
+            if not engine.has_work:
                 engine.executor.check()
-                link.send([], engine.status)
+            link.send(engine.poll(), engine.status)
     except Exception as error:  # whatever it is, clients must hear of it rather than wait
         logger.exception("engine lost")
         lost = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"

@@ -296,17 +296,17 @@ class Worker:
 
     def _follower(self, feeds: list[Feed]) -> Callable[[int], None] | None:
         """What tells the KV link of each layer, where another engine waits for one of these."""
-        followed = [feed for feed in feeds if feed.sequence.slot is not None]
-        if self._link is None or not followed:
+        ends = {slot: f.reading.end for f in feeds if (slot := f.sequence.slot) is not None}
+        if self._link is None or not ends:
             return None
-        slots = [feed.sequence.slot for feed in followed if feed.sequence.slot is not None]
-        return self._link.follow(slots, [feed.reading.end for feed in followed])
+        return self._link.follow(list(ends), list(ends.values()))
 
     def _mark_drafter(self, feeds: list[Feed]) -> None:
         """Tell the KV link how far the drafter has read what another engine waits for."""
-        for feed in feeds if self._link is not None else ():
-            sequence = feed.sequence
-            if self._link is not None and sequence.slot is not None:
+        if self._link is None:
+            return
+        for sequence in (feed.sequence for feed in feeds):
+            if sequence.slot is not None:
                 self._link.drafted(sequence.slot, sequence.draft_rows.exact)
 
     def _emit(self, feeds: list[Feed], logits_PV: Tensor | None) -> None:

@@ -55,6 +55,7 @@ from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.types import (
     EngineStatus,
     Event,
+    FinishReason,
     Handover,
     Request,
     RequestResult,
@@ -231,7 +232,7 @@ class Scheduler:
         if len(self._waiting) > 2 * self._num_waiting + 64:
             self._waiting = [each for each in self._waiting if each[1].state is State.WAITING]
             heapq.heapify(self._waiting)
-        return TokenDelta(request_id=request_id, finish_reason="abort", metrics=running.metrics())
+        return _terminal(running, "abort")
 
     def status(self) -> EngineStatus:
         """How things are. Its `steps` are those since the last call; the engine adds `ranks`."""
@@ -558,13 +559,7 @@ class Scheduler:
         running.transfer = None
         if transfer.producing:  # nobody waits for it any more
             self._end(running, now_s=self._clock())
-            return [
-                TokenDelta(
-                    request_id=running.request_id,
-                    finish_reason="abort",
-                    metrics=running.metrics(),
-                )
-            ]
+            return [_terminal(running, "abort")]
         fetch, running.fetch = running.fetch, None
         assert fetch is not None
         error = end.error
@@ -573,20 +568,13 @@ class Scheduler:
         if error is None:
             assert end.handover is not None
             return [self._arrived(running, end.handover)]
-        self._release(running)
         if fetch.recompute:
+            self._release(running)
             self._wait(running)
             return []
-        running.state = State.WAITING  # it holds nothing
         self._end(running, now_s=self._clock())
-        return [
-            TokenDelta(
-                request_id=running.request_id,
-                finish_reason="error",
-                error=f"the KV of its prompt could not be fetched: {error}",
-                metrics=running.metrics(),
-            )
-        ]
+        error = f"the KV of its prompt could not be fetched: {error}"
+        return [_terminal(running, "error", error)]
 
     def _mismatch(self, running: RunningRequest, handover: Handover | None) -> str | None:
         """Why this is not what the producer should have handed over; None if it is."""
@@ -711,14 +699,7 @@ class Scheduler:
                 continue  # aborted while the step ran
             if each.error is not None:
                 self._end(running, now_s=now_s, reason=each.error)
-                deltas.append(
-                    TokenDelta(
-                        request_id=each.request_id,
-                        finish_reason="error",
-                        error=each.error,
-                        metrics=running.metrics(),
-                    )
-                )
+                deltas.append(_terminal(running, "error", each.error))
                 continue
             running.draft_exact = each.draft_exact
             if share.read_draft:
@@ -985,6 +966,18 @@ def make_scheduler(config: EngineConfig, *, max_model_len: int, num_blocks: int)
         lookup_max=spec.prompt_lookup_max,
     )
     return Scheduler(limits, speculation=speculation)
+
+
+def _terminal(
+    running: RunningRequest, reason: FinishReason, error: str | None = None
+) -> TokenDelta:
+    """The end of a request that no token ended."""
+    return TokenDelta(
+        request_id=running.request_id,
+        finish_reason=reason,
+        error=error,
+        metrics=running.metrics(),
+    )
 
 
 def _cut(drafting: Sequence[DraftState], num_rows: int) -> int:

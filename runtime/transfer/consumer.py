@@ -24,6 +24,7 @@ import msgspec
 from paceline.proto import kv_transfer_pb2 as pb
 from paceline.runtime.config import KvTransferConfig
 from paceline.runtime.errors import EngineError
+from paceline.runtime.transfer.codec import BY_NAME
 from paceline.runtime.transfer.layout import (
     KvMismatchError,
     ModelName,
@@ -44,7 +45,7 @@ from paceline.runtime.transfer.peers import (
 from paceline.runtime.transfer.planes import GrpcPlane, Plane, ShmPlane
 from paceline.runtime.transfer.receiving import Part, Progress, share_out
 from paceline.runtime.transfer.shm import SharedPools
-from paceline.runtime.transfer.wire import CODEC_IDS, code_of, handover_from_pb
+from paceline.runtime.transfer.wire import code_of, handover_from_pb
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +296,7 @@ class Consumer:
             num_consumers=self._num_ranks,
             fingerprint=self._fingerprint,
             wants=part.wants(),
-            codec=CODEC_IDS[self._config.codec],
+            codec=pb.Codec.ValueType(BY_NAME[self._config.codec].id),
             plane=plane.kind,
             num_lanes=self._config.lanes,
             max_chunk_bytes=self._config.chunk_bytes,

@@ -38,7 +38,6 @@ BASE_OPTIONS: list[tuple[str, int]] = [
 MAX_CHUNK_BYTES = 1 << 22
 MAX_LANES = 16
 MAX_CREDIT_BYTES = 1 << 30
-CODEC_IDS = {"none": pb.NONE, "int8": pb.INT8}
 
 _DTYPES = {"float32": pb.FLOAT32, "bfloat16": pb.BFLOAT16, "float16": pb.FLOAT16}
 _DTYPE_NAMES = {number: name for name, number in _DTYPES.items()}

@@ -426,6 +426,7 @@ def test_a_rank_that_dies_while_there_is_nothing_to_do_is_noticed(served: Served
     served.executor.dead = ShardError("rank 0 died: killed")
     with pytest.raises(EngineError, match="rank 0 died: killed"):
         collect(client, "never")
+    served.join()
     assert served.executor.closed
 
 
