@@ -3,12 +3,14 @@
 frontend ──link──> engine thread: Engine.step, again and again ──link──> frontend
                        │ channel
                        v
-                   shard 0 .. shard n-1
+                   shard 0 .. shard n-1     one ends or hangs: all are ended, and set to work anew
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import tempfile
 import threading
 
@@ -16,14 +18,15 @@ import ray
 
 from paceline.actors import handles
 from paceline.parallel.rank import RankSpec
+from paceline.runtime import logs, stacks
 from paceline.runtime.channel import PlanSender, RankAddresses
 from paceline.runtime.config import EngineConfig
-from paceline.runtime.engine import Engine
+from paceline.runtime.engine import Engine, make_engine
 from paceline.runtime.engine_loop import run_engine
-from paceline.runtime.errors import PacelineError, UserError
+from paceline.runtime.errors import EngineError, PacelineError, UserError
 from paceline.runtime.executor import ChannelExecutor
 from paceline.runtime.link import LinkAddress, LinkServer
-from paceline.runtime.schedule.scheduler import make_scheduler
+from paceline.runtime.notes import Notes
 from paceline.runtime.transfer.control import KvControl
 from paceline.runtime.types import WireType
 
@@ -49,61 +52,56 @@ class Coordinator:
     def __init__(self) -> None:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="paceline-")
+        self._host = str(ray.util.get_node_ip_address())
         self._lost: str | None = None
-
-    def where(self) -> str:
-        """The address of its node."""
-        return str(ray.util.get_node_ip_address())
+        self._notes = Notes()
+        """Its own log is a file on its node; what it warns of is said to the driver."""
 
     def start(
         self,
         config: EngineConfig,
         max_model_len: int,
         shards: list[handles.ShardHandle],
-        specs: list[RankSpec],
         *,
-        ranks_here: bool,
-        frontend_here: bool,
+        gpu: bool,
+        frontend_node: str,
     ) -> Started:
         """Set the shards to work, wait until all are loaded, and serve whoever links up."""
-        self._folder = tempfile.TemporaryDirectory(prefix="paceline-")
-        runs: list[handles.Ref] = []
-        channel = PlanSender(
-            self._address("plans", local=ranks_here),
-            num_ranks=len(shards),
-            watch=lambda: handles.first_dead(runs),
-        )
+        stacks.allow()
+        logs.configure(config, role=logs.engine_role(config, "coordinator"))
+        here = ray.get_runtime_context().get_node_id()
         links = None
-        if config.kv_transfer_config is not None:
-            address = self._address("links", local=ranks_here)
-            links = KvControl(address, num_ranks=len(shards))
-        addresses = RankAddresses(
-            plans=channel.address, links=None if links is None else links.address
-        )
-        for shard, spec in zip(shards, specs, strict=True):
-            runs.append(handles.run_shard(shard, config, spec, addresses))
-        executor = ChannelExecutor(channel, step_timeout_s=config.step_timeout_s)
         try:
-            ready = channel.wait_for_ranks(timeout_s=config.load_timeout_s)
-            if links is not None:
-                links.wait_ready(timeout_s=config.load_timeout_s, check=executor.check)
+            places = handles.places_of(shards, timeout_s=config.placement_timeout_s)
+            ranks_here = all(place.node_id == here for place in places)
+            if config.kv_transfer_config is not None:
+                address = self._address("links", local=ranks_here)
+                links = KvControl(address, num_ranks=len(shards))
+            group = ShardGroup(
+                config, shards, gpu=gpu, here=here, folder=self._folder.name, links=links
+            )
+            executor = ChannelExecutor(
+                group.start,
+                load_timeout_s=config.load_timeout_s,
+                step_timeout_s=config.step_timeout_s,
+            )
+            engine = make_engine(config, executor, links, max_model_len)
         except PacelineError as error:
-            channel.close()
-            if links is not None:
-                links.close()
             return Started(error=str(error), user_error=isinstance(error, UserError))
-        scheduler = make_scheduler(config, max_model_len=max_model_len, num_blocks=ready.num_blocks)
-        engine = Engine(scheduler, executor, ranks=ready.ranks, links=links)
+        local = frontend_node == here
         link = LinkServer(
-            self._address("commands", local=frontend_here),
-            self._address("news", local=frontend_here),
+            self._address("commands", local=local), self._address("news", local=local)
         )
         self._thread = threading.Thread(
             target=self._serve, args=(engine, link), name="engine", daemon=True
         )
         self._thread.start()
-        return Started(ranks=ready.ranks, link=link.address)
+        return Started(ranks=executor.ranks, link=link.address)
+
+    def where(self) -> tuple[str, str, int]:
+        """The id and the address of its node, and its process there."""
+        return ray.get_runtime_context().get_node_id(), self._host, os.getpid()
 
     def watch(self) -> str | None:
         """Returns when the engine has ended: why it was lost, if it was. Its reference is how
@@ -117,12 +115,101 @@ class Coordinator:
         self._closing.set()
         if self._thread is not None:
             self._thread.join(timeout=CLOSE_S)
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._folder.cleanup()
 
     def _serve(self, engine: Engine, link: LinkServer) -> None:
-        self._lost = run_engine(engine, link, wanted=lambda: not self._closing.is_set())
+        self._lost = run_engine(
+            engine, link, wanted=lambda: not self._closing.is_set(), notes=self._notes
+        )
 
     def _address(self, name: str, *, local: bool) -> str:
-        assert self._folder is not None
-        return f"ipc://{self._folder.name}/{name}" if local else f"tcp://{self.where()}:*"
+        return f"ipc://{self._folder.name}/{name}" if local else f"tcp://{self._host}:*"
+
+
+class ShardGroup:
+    """The shards of an engine, which Ray starts again when they end, to be set to work together."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        shards: list[handles.ShardHandle],
+        *,
+        gpu: bool,
+        here: str,
+        folder: str,
+        links: KvControl | None,
+    ) -> None:
+        """`here` is this node's id."""
+        self._config, self._shards, self._gpu = config, shards, gpu
+        self._here, self._folder, self._links = here, folder, links
+        self._used: set[int] = set()
+        """Processes that have been at work and have ended or will: none of them may be again."""
+        self._numbers = itertools.count()
+
+    def start(self) -> ShardRanks:
+        """Set all shards to work, once each is a process that has not been before. Raises
+        EngineError."""
+        config = self._config
+        places = handles.places_of(
+            self._shards, but=self._used, timeout_s=config.placement_timeout_s
+        )
+        self._used |= {place.pid for place in places}
+        local = all(place.node_id == self._here for place in places)
+        links = None if self._links is None else self._links.address
+        if links is not None and links.startswith("ipc:") and not local:
+            raise EngineError("its ranks have moved to other nodes")
+        if local:
+            address = f"ipc://{self._folder}/plans-{next(self._numbers)}"
+        else:
+            address = f"tcp://{ray.util.get_node_ip_address()}:*"
+        ranks = ShardRanks(self._shards, places, address=address)
+        port = handles.port_of(self._shards[0]) if config.world_size > 1 else 0
+        nodes = [place.node_id for place in places]
+        specs = [
+            RankSpec(
+                rank=rank,
+                local_rank=nodes[:rank].count(node_id),
+                local_size=nodes.count(node_id),
+                target_size=config.tensor_parallel_size,
+                draft_size=config.draft_size,
+                master_addr=places[0].address,
+                master_port=port,
+                device="cuda"
+                if self._gpu
+                else "cpu",  # Ray shows each actor its own GPU only, as number 0
+                shared_memory=not config.disable_custom_all_reduce,
+                num_threads=config.cpu_threads,
+                timeout_s=config.load_timeout_s,
+            )
+            for rank, node_id in enumerate(nodes)
+        ]
+        ranks.run(config, specs, links=links)
+        return ranks
+
+
+class ShardRanks:
+    """Satisfies `Ranks` with shards at work."""
+
+    def __init__(
+        self, shards: list[handles.ShardHandle], places: list[handles.ShardPlace], *, address: str
+    ) -> None:
+        self._shards, self._places = shards, places
+        self._runs: list[handles.Ref] = []
+        self.channel = PlanSender(
+            address, num_ranks=len(shards), watch=lambda: handles.first_dead(self._runs)
+        )
+
+    def run(self, config: EngineConfig, specs: list[RankSpec], *, links: str | None) -> None:
+        addresses = RankAddresses(plans=self.channel.address, links=links)
+        for shard, spec in zip(self._shards, specs, strict=True):
+            self._runs.append(handles.run_shard(shard, config, spec, addresses))
+
+    def stacks(self) -> list[str]:
+        return handles.stacks_of(self._places)
+
+    def kill(self) -> None:
+        self.channel.close()
+        handles.restart(self._shards)
+
+    def close(self) -> None:
+        self.channel.close()

@@ -6,7 +6,9 @@ Each call has a deadline; what Ray raises becomes one of our errors.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, NewType
+import time
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NewType
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -16,6 +18,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from paceline.parallel.rank import RankSpec
+from paceline.runtime import stacks
 from paceline.runtime.channel import RankAddresses
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import DeadlineError, EngineError
@@ -29,6 +32,9 @@ CoordinatorHandle = NewType("CoordinatorHandle", object)
 Ref = NewType("Ref", object)
 
 CALL_TIMEOUT_S = 60.0
+STACKS_S = 15.0
+"""What a task on every node may take that looks what its processes do."""
+RETRY_S = 0.1
 
 
 def make_shard(shard: type[Shard], group: PlacementGroup, bundle: int, *, gpu: bool) -> ShardHandle:
@@ -40,7 +46,7 @@ def make_shard(shard: type[Shard], group: PlacementGroup, bundle: int, *, gpu: b
     handle = actor.options(
         num_cpus=0 if gpu else 1,
         num_gpus=1 if gpu else 0,
-        max_restarts=0,
+        max_restarts=-1,  # one that ends comes back, and does nothing until it is told to
         max_concurrency=2,  # `where` must answer while `run` runs
         scheduling_strategy=strategy,
         name=None,
@@ -60,14 +66,75 @@ def make_coordinator(coordinator: type[Coordinator], *, node_id: str) -> Coordin
     return CoordinatorHandle(handle)
 
 
-def nodes_of(shards: list[ShardHandle], *, timeout_s: float) -> list[tuple[str, str]]:
-    """Every shard's node id and address."""
-    places: list[tuple[str, str]] = _get(
-        [_actor(shard).where.remote() for shard in shards],
-        timeout_s=timeout_s,
-        what="shards to start",
-    )
-    return places
+class ShardPlace(NamedTuple):
+    """Where a shard is."""
+
+    node_id: str
+    address: str
+    pid: int
+
+
+def places_of(
+    shards: Sequence[ShardHandle | CoordinatorHandle],
+    *,
+    timeout_s: float,
+    but: Collection[int] = (),
+) -> list[ShardPlace]:
+    """Where every shard is, once none of them is one of the processes `but` which it must not be."""
+    deadline_s = time.monotonic() + timeout_s
+    places: dict[int, ShardPlace] = {}
+    while len(places) < len(shards):
+        for index in [each for each in range(len(shards)) if each not in places]:
+            left_s = max(0.1, deadline_s - time.monotonic())
+            try:
+                where = ray.get(_actor(shards[index]).where.remote(), timeout=left_s)
+            except ray.exceptions.ActorUnavailableError:  # it is being started again
+                continue
+            except ray.exceptions.RayActorError as error:
+                if "restart" not in str(error).lower() and not but:
+                    raise EngineError(f"while waiting for shards: {_brief(error)}") from None
+                continue
+            except ray.exceptions.GetTimeoutError:
+                pass
+            except ray.exceptions.RayError as error:
+                raise EngineError(f"while waiting for shards: {_brief(error)}") from None
+            else:
+                if where[2] not in but:
+                    places[index] = ShardPlace(*where)
+        if len(places) < len(shards):
+            if time.monotonic() >= deadline_s:
+                raise DeadlineError(f"waited {timeout_s:.0f} s for shards to start")
+            time.sleep(RETRY_S)
+    return [places[index] for index in range(len(shards))]
+
+
+def restart(shards: list[ShardHandle]) -> None:
+    """End every shard's process, whatever it does; Ray starts others in their place."""
+    for shard in shards:
+        with contextlib.suppress(ray.exceptions.RayError):  # it has ended already
+            ray.kill(_actor(shard), no_restart=False)
+
+
+def stacks_of(places: list[ShardPlace]) -> list[str]:
+    """What the processes at these places are doing, each asked on its own node."""
+    take: Any = ray.remote(stacks.take)
+    refs = [
+        take.options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=place.node_id, soft=False),
+        ).remote(place.pid)
+        for place in places
+    ]
+    done, _ = ray.wait(refs, num_returns=len(refs), timeout=STACKS_S)
+    found = []
+    for ref, place in zip(refs, places, strict=True):
+        try:
+            found.append(
+                str(ray.get(ref, timeout=0)) if ref in done else "its node does not answer"
+            )
+        except ray.exceptions.RayError as error:
+            found.append(f"process {place.pid} cannot be asked: {_brief(error)}")
+    return found
 
 
 def port_of(shard: ShardHandle) -> int:
@@ -95,19 +162,13 @@ def start(
     config: EngineConfig,
     max_model_len: int,
     shards: list[ShardHandle],
-    specs: list[RankSpec],
     *,
-    ranks_here: bool,
-    frontend_here: bool,
+    gpu: bool,
+    frontend_node: str,
 ) -> Started:
     """See `Coordinator.start`."""
     ref = _actor(coordinator).start.remote(
-        config,
-        max_model_len,
-        shards,
-        specs,
-        ranks_here=ranks_here,
-        frontend_here=frontend_here,
+        config, max_model_len, shards, gpu=gpu, frontend_node=frontend_node
     )
     answer: Started = _get(
         ref, timeout_s=config.load_timeout_s + CALL_TIMEOUT_S, what="the engine to load"

@@ -17,9 +17,10 @@ logger = logging.getLogger(__name__)
 class Shard:
     """Lives in one bundle of the engine's placement group. Loads nothing until `run`."""
 
-    def where(self) -> tuple[str, str]:
-        """The id and the address of its node."""
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+    def where(self) -> tuple[str, str, int]:
+        """The id and the address of its node, and its process there."""
+        node_id = ray.get_runtime_context().get_node_id()
+        return node_id, ray.util.get_node_ip_address(), os.getpid()
 
     def free_port(self) -> int:
         """A port on its node, for the ranks to meet at."""
@@ -29,8 +30,10 @@ class Shard:
 
     def run(self, config: EngineConfig, spec: RankSpec, addresses: RankAddresses) -> None:
         """Serve plans until the coordinator says stop, or its raylet is gone."""
-        logging.basicConfig(level=logging.INFO)
+        from paceline.runtime import logs
         from paceline.runtime.rank import run_rank
+
+        logs.configure(config, role=logs.engine_role(config, f"rank {spec.rank}"))
 
         parent = os.getppid()
         host = ray.util.get_node_ip_address()

@@ -131,7 +131,7 @@ def run_prompt(
 ) -> RequestMetrics:
     """One greedy request through an engine of its own over the given worker."""
     scheduler = make_scheduler(config, max_model_len=max_model_len, num_blocks=worker.num_blocks)
-    engine = Engine(scheduler, InProcess(worker))
+    engine = Engine(scheduler, InProcess(lambda: worker))
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     request = Request(
         request_id="r",

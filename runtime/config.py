@@ -21,6 +21,7 @@ from msgspec import Meta
 from paceline.runtime.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -223,6 +224,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="How KV moves to and from other engines, as JSON; null for an engine alone."
         ),
     ] = None
+    link_certfile: Annotated[
+        str | None,
+        Meta(
+            description="Certificate of this engine's KV links, for mutual TLS between engines; needs the "
+            "DNS name paceline-link. A path that is valid on every node, as the next two."
+        ),
+    ] = None
+    link_keyfile: Annotated[str | None, Meta(description="The private key of link_certfile.")] = (
+        None
+    )
+    link_ca_certs: Annotated[
+        str | None,
+        Meta(description="Only links with a certificate of these authorities are talked to."),
+    ] = None
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Meta(description="auto takes GPUs where there are any.")
     ] = "auto"
@@ -249,6 +264,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str | None,
         Meta(description="The Ray cluster to join; RAY_ADDRESS if not given, else a local one."),
     ] = None
+    ray_placement_group: Annotated[
+        str | None,
+        Meta(
+            description="Name or id of a placement group to use; that of the actor Paceline runs in if not "
+            "given, else one of its own."
+        ),
+    ] = None
+    ray_bundle_indices: Annotated[
+        tuple[Annotated[int, Meta(ge=0)], ...] | None,
+        Meta(
+            description="Bundles of that placement group to use, in the order of ranks, like 0,1,4; all if "
+            "not given."
+        ),
+    ] = None
     placement_timeout_s: Annotated[
         float, Meta(gt=0, description="How long to wait for the cluster to place the ranks.")
     ] = 60.0
@@ -259,6 +288,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         float,
         Meta(gt=0, description="How long a step may take before the engine gives its ranks up."),
     ] = 120.0
+    log_level: Annotated[
+        LogLevel, Meta(description="What every process of a server or an engine logs, at least.")
+    ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"],
+        Meta(description="Log lines for people, or one JSON object each."),
+    ] = "text"
 
     @property
     def draft_size(self) -> int:
@@ -285,9 +321,40 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     served_model_name: Annotated[
         str | None, Meta(description="The model's name in the API; --model if not given.")
     ] = None
-    api_key: Annotated[str | None, Meta(description="Clients must send it as a bearer token.")] = (
-        None
-    )
+    api_key: Annotated[
+        str | None,
+        Meta(
+            description="Clients must send it as a bearer token; several with commas between. Others on the "
+            "host can see it: PACELINE_API_KEY in the environment or api_key_file are better."
+        ),
+    ] = None
+    api_key_file: Annotated[
+        str | None,
+        Meta(
+            description="One KEY or TENANT:KEY per line, # begins a comment; read again when it changes."
+        ),
+    ] = None
+    ssl_certfile: Annotated[
+        str | None,
+        Meta(
+            description="Serve HTTP and gRPC with TLS and this certificate; read again when it changes."
+        ),
+    ] = None
+    ssl_keyfile: Annotated[
+        str | None,
+        Meta(description="The private key of ssl_certfile, unless that file has it too."),
+    ] = None
+    ssl_ca_certs: Annotated[
+        str | None, Meta(description="Authorities of the certificates that clients bring.")
+    ] = None
+    ssl_cert_reqs: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2,
+            description="Client certificates: 0 none, 1 checked where one is brought (HTTP only), 2 needed.",
+        ),
+    ] = 0
     chat_template: Annotated[
         str | None, Meta(description="A Jinja file instead of the model's own chat template.")
     ] = None
@@ -295,6 +362,15 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         float,
         Meta(ge=0, description="Seconds that running requests get when the server is stopped."),
     ] = 30.0
+    api_server_count: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="Frontend processes. Each has the HTTP and gRPC doors on the same ports; one "
+            "that dies is replaced.",
+        ),
+    ] = 1
     enable_vllm_metric_names: Annotated[
         bool, Meta(description="Also expose metrics under the names vLLM gives them.")
     ] = False
@@ -304,6 +380,22 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     disable_log_stats: Annotated[
         bool, Meta(description="Do not log throughput every ten seconds.")
     ] = False
+    disable_log_requests: Annotated[
+        bool, Meta(description="Do not log a line for each request that ends.")
+    ] = False
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Meta(
+            description="URL of an OpenTelemetry collector that gets a trace of each request; "
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT if not given, else none."
+        ),
+    ] = None
+    otlp_traces_protocol: Annotated[
+        Literal["grpc", "http/protobuf"] | None,
+        Meta(
+            description="What it speaks; OTEL_EXPORTER_OTLP_TRACES_PROTOCOL if not given, else grpc."
+        ),
+    ] = None
 
 
 class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -388,6 +480,12 @@ def make_config(settings: Mapping[str, Any]) -> EngineConfig:
     spec = config.speculative_config
     if spec is not None and spec.prompt_lookup_min > spec.prompt_lookup_max:
         raise ConfigError("prompt_lookup_min must be at most prompt_lookup_max")
+    transfer = config.kv_transfer_config
+    if transfer is not None and transfer.host in ("0.0.0.0", "::", "*"):
+        raise ConfigError(
+            f"kv_transfer_config.host {transfer.host} is every address of the node: name the one under "
+            "which the other engines reach it"
+        )
     if config.distributed_executor_backend == "uni" and config.world_size > 1:
         raise ConfigError(
             f"distributed_executor_backend uni has one rank; {config.world_size} are asked for"

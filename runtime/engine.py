@@ -14,15 +14,24 @@ how any is done.
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import msgspec
 
-from paceline.runtime.errors import PromptError, ShardError
+from paceline.runtime.config import EngineConfig
+from paceline.runtime.errors import EngineError, PromptError, ShardError
 from paceline.runtime.executor import Executor
-from paceline.runtime.schedule.scheduler import Scheduler
+from paceline.runtime.schedule.scheduler import Scheduler, make_scheduler
 from paceline.runtime.transfer.control import KvControl
 from paceline.runtime.types import EngineStatus, KvLinks, Request, TokenDelta
+
+logger = logging.getLogger(__name__)
+
+MOST_IN_VAIN = 5
+"""How often ranks are started anew without a token in between."""
+LINKS_S = 60.0
+"""How long the KV links of new ranks may take to serve."""
 
 
 class EngineClient(Protocol):
@@ -47,29 +56,33 @@ class EngineClient(Protocol):
 
 
 class Engine:
-    """Satisfies `EngineClient` in this process: `poll` runs one step. Not for several threads."""
+    """Satisfies `EngineClient` in this process: `poll` runs one step. Not for several threads.
+
+    When a rank ends or hangs, all are started anew and every request goes on after its last token.
+    """
 
     def __init__(
-        self,
-        scheduler: Scheduler,
-        executor: Executor,
-        *,
-        ranks: tuple[str, ...] = (),
-        links: KvControl | None = None,
+        self, scheduler: Scheduler, executor: Executor, *, links: KvControl | None = None
     ) -> None:
-        """`ranks` is what each rank said of itself; `links` lead to their KV links."""
+        """`links` lead to the ranks' KV links."""
         self.scheduler = scheduler
         self.executor = executor
         self.links = links
         self.stalled = False
         """Whether the last step found nothing to do before a command comes or a transfer ends."""
-        self._ranks = ranks
+        self.failure: ShardError | None = None
+        """Why the ranks are to be started anew, by the next `poll`."""
         self._ended: list[TokenDelta] = []
         """Terminal deltas of requests that no step ended."""
+        self._num_restarts = 0
+        self._in_vain = 0
+        """Restarts since there was a token."""
 
     @property
     def has_work(self) -> bool:
-        return bool(self._ended) or (self.scheduler.has_work and not self.stalled)
+        if self._ended or self.failure is not None:
+            return True
+        return self.scheduler.has_work and not self.stalled
 
     def submit(self, requests: list[Request]) -> None:
         for request in requests:
@@ -88,13 +101,20 @@ class Engine:
         self._order()
 
     def poll(self, wait_s: float = 1.0) -> list[TokenDelta]:  # noqa: ARG002 nothing to wait for
+        """Raises EngineError where ranks cannot be started anew, or end again and again."""
         ended, self._ended = self._ended, []
-        for end in self.links.receive() if self.links is not None else ():
-            ended += self.scheduler.transferred(end)
-        return ended + (self.step() if self.scheduler.has_work else [])
+        if self.failure is not None:
+            return ended + self._restart(self.failure)
+        try:
+            for end in self.links.receive() if self.links is not None else ():
+                ended += self.scheduler.transferred(end)
+            return ended + (self.step() if self.scheduler.has_work else [])
+        except ShardError as error:
+            self._fail(error)
+            return ended
 
     def step(self) -> list[TokenDelta]:
-        """One step for whatever is scheduled."""
+        """One step for whatever is scheduled. Raises ShardError."""
         plan = self.scheduler.schedule()
         self._order()  # before the step: links follow it layer by layer
         self.stalled = not (plan.scheduled or plan.finished)
@@ -102,9 +122,44 @@ class Engine:
             return []
         result = self.executor.step(plan)
         if result.error is not None:
-            raise ShardError(result.error)
+            raise ShardError(result.error, out_of_memory=result.out_of_memory)
         deltas = self.scheduler.update(plan, result)
         self._order()
+        if deltas:
+            self._in_vain = 0
+        return deltas
+
+    def check(self) -> None:
+        """Look whether all ranks live; asked while there is nothing to do."""
+        try:
+            self.executor.check()
+        except ShardError as error:
+            self._fail(error)
+
+    def _fail(self, failure: ShardError) -> None:
+        logger.error("the ranks are started anew: %s", failure)
+        self.failure = failure
+
+    def _restart(self, failure: ShardError) -> list[TokenDelta]:
+        """Start all ranks anew: what a dead one leaves behind in the others, nobody knows."""
+        self._in_vain += 1
+        if self._in_vain > MOST_IN_VAIN:
+            raise EngineError(
+                f"ranks ended {self._in_vain} times in a row without a token: {failure}"
+            )
+        self.executor.end_ranks()
+        if self.links is not None:
+            self.links.lose_all()
+        self.executor.start_ranks()
+        if self.links is not None:
+            self.links.wait_ready(timeout_s=LINKS_S, check=self.executor.check)
+        deltas = self.scheduler.restart(
+            self.executor.num_blocks, out_of_memory=failure.out_of_memory
+        )
+        self.failure, self.stalled = None, False
+        self._num_restarts += 1
+        self._order()
+        logger.warning("the ranks are back, %d requests go on", self.scheduler.num_requests)
         return deltas
 
     def _order(self) -> None:
@@ -114,9 +169,33 @@ class Engine:
 
     def status(self) -> EngineStatus:
         links = KvLinks() if self.links is None else self.links.links
-        return msgspec.structs.replace(self.scheduler.status(), ranks=self._ranks, links=links)
+        return msgspec.structs.replace(
+            self.scheduler.status(),
+            ranks=self.executor.ranks,
+            links=links,
+            num_restarts=self._num_restarts,
+            restarting=self.failure is not None,
+        )
 
     def close(self) -> None:
         self.executor.close()
         if self.links is not None:
             self.links.close()
+
+
+def make_engine(
+    config: EngineConfig, executor: Executor, links: KvControl | None, max_model_len: int
+) -> Engine:
+    """An engine over ranks that are loaded, once their KV links serve. Closes both if they do not."""
+    try:
+        if links is not None:
+            links.wait_ready(timeout_s=config.load_timeout_s, check=executor.check)
+        scheduler = make_scheduler(
+            config, max_model_len=max_model_len, num_blocks=executor.num_blocks
+        )
+    except BaseException:
+        executor.close()
+        if links is not None:
+            links.close()
+        raise
+    return Engine(scheduler, executor, links=links)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from paceline.runtime.engine import Engine
 from paceline.runtime.errors import EngineError
 from paceline.runtime.link import LinkServer, Submit
+from paceline.runtime.notes import Notes
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +24,15 @@ IDLE_S = 0.2
 ranks live."""
 
 
-def run_engine(engine: Engine, link: LinkServer, *, wanted: Callable[[], bool]) -> str | None:
-    """Serve until `wanted` is false. Why the engine was lost, if it was. Closes both."""
+def run_engine(
+    engine: Engine,
+    link: LinkServer,
+    *,
+    wanted: Callable[[], bool],
+    notes: Notes | None = None,
+) -> str | None:
+    """Serve until `wanted` is false. Why the engine was lost, if it was. Closes both. `notes` are
+    passed on."""
     lost = None
     wakers = () if engine.links is None else (engine.links.socket,)
     try:
@@ -35,8 +43,15 @@ def run_engine(engine: Engine, link: LinkServer, *, wanted: Callable[[], bool]) 
                 else:
                     engine.abort(list(command.request_ids))
             if not engine.has_work:
-                engine.executor.check()
-            link.send(engine.poll(), engine.status)
+                engine.check()
+            link.send(
+                engine.poll(),
+                engine.status,
+                stored=engine.scheduler.stored_blocks,
+                urgent=engine.failure is not None,
+            )
+            for note in () if notes is None else notes.take():
+                link.tell(note)
     except Exception as error:  # whatever it is, clients must hear of it rather than wait
         logger.exception("engine lost")
         lost = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"

@@ -53,7 +53,11 @@ class EngineError(PacelineError, RuntimeError):
 
 
 class ShardError(EngineError):
-    """A rank failed or died."""
+    """A rank failed or died. Others can be started in the place of all."""
+
+    def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
 
 
 class DeadlineError(EngineError):

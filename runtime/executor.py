@@ -1,38 +1,101 @@
-"""How an engine reaches its workers: one plan in, one result out."""
+"""How an engine reaches its workers: one plan in, one result out; and workers anew where some ended."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from paceline.runtime.channel import PlanSender
+from paceline.runtime.errors import DeadlineError, ShardError
 from paceline.runtime.types import StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
 
 
 class Executor(Protocol):
-    """`step` blocks until every rank has carried the plan out, and raises EngineError if one
+    """`step` blocks until every rank has carried the plan out, and raises ShardError if one
     cannot."""
+
+    num_blocks: int
+    """KV blocks of each pool."""
+    ranks: tuple[str, ...]
+    """What each rank said of itself."""
 
     def step(self, plan: StepPlan) -> StepResult: ...
 
     def check(self) -> None:
-        """Raise EngineError if a rank is gone; asked while there is nothing to do."""
+        """Raise ShardError if a rank is gone; asked while there is nothing to do."""
+
+    def end_ranks(self) -> None:
+        """End every rank, those included that hang. Only `start_ranks` or `close` may follow."""
+
+    def start_ranks(self) -> None:
+        """Start all of them anew, with nothing in their memory. Raises EngineError or UserError."""
 
     def close(self) -> None:
         """Let the workers go. Safe to call twice."""
 
 
-class ChannelExecutor:
-    """Ranks in processes of their own, wherever those are. Whoever started them ends them."""
+class Ranks(Protocol):
+    """The processes of all ranks, started together: if one ends, all are ended."""
 
-    def __init__(self, channel: PlanSender, *, step_timeout_s: float) -> None:
-        self._channel = channel
-        self._timeout_s = step_timeout_s
+    channel: PlanSender
 
-    def step(self, plan: StepPlan) -> StepResult:
-        return self._channel.step(plan, timeout_s=self._timeout_s)
+    def stacks(self) -> list[str]:
+        """What each rank is doing, in order."""
 
-    def check(self) -> None:
-        self._channel.check()
+    def kill(self) -> None:
+        """End every process now, and close the channel."""
 
     def close(self) -> None:
-        self._channel.close()
+        """Let every process end, and close the channel. Safe to call twice."""
+
+
+class ChannelExecutor:
+    """Satisfies `Executor` with ranks in processes of their own, wherever those are."""
+
+    def __init__(
+        self, start: Callable[[], Ranks], *, load_timeout_s: float, step_timeout_s: float
+    ) -> None:
+        """`start` sets all ranks to work; returns when they are loaded. Raises UserError or
+        EngineError, with none left."""
+        self._start = start
+        self._load_timeout_s = load_timeout_s
+        self._step_timeout_s = step_timeout_s
+        self.num_blocks = 0
+        self.ranks: tuple[str, ...] = ()
+        self._running: Ranks
+        self.start_ranks()
+
+    def step(self, plan: StepPlan) -> StepResult:
+        try:
+            return self._running.channel.step(plan, timeout_s=self._step_timeout_s)
+        except DeadlineError as error:
+            self._log_stacks()
+            raise ShardError(f"{error}: the stacks of all ranks are in the log") from None
+
+    def check(self) -> None:
+        self._running.channel.check()
+
+    def end_ranks(self) -> None:
+        self._running.kill()
+
+    def start_ranks(self) -> None:
+        self._running = self._start()
+        try:
+            ready = self._running.channel.wait_for_ranks(timeout_s=self._load_timeout_s)
+        except BaseException as error:
+            if isinstance(error, DeadlineError):
+                self._log_stacks()
+            self._running.kill()  # while it loads a rank does not hear that it shall end
+            raise
+        self.num_blocks, self.ranks = ready.num_blocks, ready.ranks
+
+    def close(self) -> None:
+        self._running.close()
+
+    def _log_stacks(self) -> None:
+        """Before the ranks are ended: where each of them hangs."""
+        for rank, stack in enumerate(self._running.stacks()):
+            logger.error("rank %d hangs:\n%s", rank, stack)

@@ -2,8 +2,9 @@
 
     frontend   PUSH   ── Submit, Abort ──────>  PULL    engine loop
                DEALER ── hello, once ────────>  ROUTER
-                      <── an empty Batch ────           before anything may be submitted
+                      <── Batch: the status ─           before anything may be submitted
                       <── Batch ─────────────           after every step that has news for this frontend
+                      <── Note ──────────────           for the log of whoever watches the engine
                       <── Lost ──────────────           when the engine cannot go on
 
 Commands and news have a socket each, so that one thread may submit while another waits. Messages are
@@ -12,6 +13,7 @@ MessagePack, checked against their types on arrival; nothing is unpickled.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import math
@@ -19,12 +21,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
 import zmq
 
 from paceline.runtime.errors import DeadlineError, EngineError
+from paceline.runtime.notes import MOST_NOTES, Note
 from paceline.runtime.types import WIRE_VERSION, EngineStatus, Request, TokenDelta, WireType
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,8 @@ MAX_MESSAGE_BYTES = 1 << 28
 WATCH_EVERY_S = 0.5
 STATUS_EVERY_S = 0.1
 GREETING_S = 60.0
+SILENT_S = 10.0
+"""How much longer than its longest step an engine may be silent."""
 MOST_BLOCKS = 1 << 17
 """Block events that are kept for whoever does not ask for the status."""
 
@@ -54,6 +60,12 @@ class Abort(WireType, frozen=True, kw_only=True, tag="abort"):
     request_ids: tuple[str, ...]
 
 
+class Forget(WireType, frozen=True, kw_only=True, tag="forget"):
+    """A frontend has ended without a word."""
+
+    frontend: Annotated[bytes, msgspec.Meta(min_length=1, max_length=64)]
+
+
 class Batch(WireType, frozen=True, kw_only=True, tag="batch"):
     deltas: tuple[TokenDelta, ...]
     status: EngineStatus | None = None
@@ -63,8 +75,8 @@ class Lost(WireType, frozen=True, kw_only=True, tag="lost"):
     error: str
 
 
-_commands_in = msgspec.msgpack.Decoder(Submit | Abort)
-_news_in = msgspec.msgpack.Decoder(Batch | Lost)
+_commands_in = msgspec.msgpack.Decoder(Submit | Abort | Forget)
+_news_in = msgspec.msgpack.Decoder(Batch | Note | Lost)
 _out = msgspec.msgpack.Encoder()
 
 
@@ -81,6 +93,8 @@ class LinkServer:
             news=self._news.getsockopt_string(zmq.LAST_ENDPOINT),
         )
         self._frontends: set[bytes] = set()
+        self._new: set[bytes] = set()
+        """Those that have come and were not answered."""
         self._asked_by: dict[str, bytes] = {}
         """Which frontend each request came from."""
         self._status_due_s = 0.0
@@ -117,6 +131,8 @@ class LinkServer:
                     )
                     continue
                 command = self._accept(command)
+            elif isinstance(command, Forget):
+                command = self._forget(command.frontend)
             found.append(command)
 
     def _accept(self, command: Submit) -> Submit:
@@ -135,10 +151,26 @@ class LinkServer:
         self._send(command.frontend, Batch(deltas=deltas))
         return msgspec.structs.replace(command, requests=tuple(new))
 
-    def send(self, deltas: list[TokenDelta], status: Callable[[], EngineStatus]) -> None:
-        """Hand every frontend its deltas, and now and then the status."""
+    def _forget(self, frontend: bytes) -> Abort:
+        """Stop what a frontend asked for that is gone."""
+        self._frontends.discard(frontend)
+        self._new.discard(frontend)
+        left = tuple(name for name, asker in self._asked_by.items() if asker == frontend)
+        return Abort(request_ids=left)
+
+    def send(
+        self,
+        deltas: list[TokenDelta],
+        status: Callable[[], EngineStatus],
+        *,
+        stored: Callable[[], tuple[bytes, ...]] = tuple,
+        urgent: bool = False,
+    ) -> None:
+        """Hand every frontend its deltas, and now and then, or where it is `urgent`, the status. One that
+        is new is answered with the status and all blocks that are `stored`."""
         now_s = time.monotonic()
-        due = now_s >= self._status_due_s
+        self._greet()
+        due = urgent or bool(self._new) or now_s >= self._status_due_s
         if not deltas and not due:
             return
         by_frontend: dict[bytes, list[TokenDelta]] = {}
@@ -150,15 +182,25 @@ class LinkServer:
         news = None
         if due:
             news, self._status_due_s = status(), now_s + STATUS_EVERY_S
-        self._greet()
+        if news is not None and self._new:
+            whole = msgspec.structs.replace(news, stored_blocks=stored(), removed_blocks=())
+            for frontend in self._new:
+                self._send(frontend, Batch(deltas=(), status=whole))
         for frontend in self._frontends if due else by_frontend:
             batch = Batch(deltas=tuple(by_frontend.get(frontend, ())), status=news)
             self._send(frontend, batch)
+        self._frontends |= self._new
+        self._new.clear()
+
+    def tell(self, note: Note) -> None:
+        """Pass a note on to every frontend; those that `watch` log it."""
+        for frontend in self._frontends:
+            self._send(frontend, note)
 
     def lost(self, error: str) -> None:
         """Tell every frontend that there will be no more."""
         self._greet()
-        for frontend in self._frontends:
+        for frontend in self._frontends | self._new:
             self._send(frontend, Lost(error=error))
 
     def close(self) -> None:
@@ -173,12 +215,25 @@ class LinkServer:
                 frontend, *_ = self._news.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            self._frontends.add(frontend)
-            self._send(frontend, Batch(deltas=()))
+            self._new.add(frontend)
 
-    def _send(self, frontend: bytes, message: Batch | Lost) -> None:
+    def _send(self, frontend: bytes, message: Batch | Note | Lost) -> None:
         with contextlib.suppress(zmq.ZMQError):  # that frontend is gone: so are its requests
             self._news.send_multipart((frontend, _out.encode(message)), zmq.DONTWAIT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long an engine may be silent before it is taken for hung."""
+
+    step_s: float
+    restart_s: float
+    """While its ranks are started anew."""
+    stacks: Callable[[], str]
+    """What its process is doing."""
+
+    def of(self, status: EngineStatus) -> float:
+        return SILENT_S + (self.restart_s if status.restarting else self.step_s)
 
 
 class LinkClient:
@@ -190,10 +245,13 @@ class LinkClient:
         *,
         watch: Callable[[], str | None],
         on_close: Callable[[], None] = lambda: None,
+        frontend: bytes | None = None,
+        patience: Patience | None = None,
     ) -> None:
         """`watch` says why the engine is gone, or None; it is asked while waiting. `on_close` ends
-        the engine."""
-        self._id = uuid.uuid4().bytes
+        the engine. `frontend` is the name by which it knows this end, one that no other has."""
+        self.address = address
+        self._id = frontend or uuid.uuid4().bytes
         self._context = zmq.Context()
         self._commands = self._context.socket(zmq.PUSH)
         self._news = self._context.socket(zmq.DEALER)
@@ -207,10 +265,13 @@ class LinkClient:
         self._news.send(b"")
         self._lock = threading.Lock()
         self._watch = watch
+        self._patience = patience
         self._watched_s = time.monotonic()
         self._on_close = on_close
         self._closed = False
         self._status = EngineStatus()
+        self._notes: collections.deque[Note] = collections.deque(maxlen=MOST_NOTES)
+        self._heard_s = time.monotonic()
         self._blocks: dict[bytes, bool] = {}
         """Whether each was stored or removed last, since the status was asked for."""
         self._status_lock = threading.Lock()
@@ -235,6 +296,32 @@ class LinkClient:
 
     def abort(self, request_ids: list[str]) -> None:
         self._command(Abort(request_ids=tuple(request_ids)))
+
+    def link(self, frontend: bytes | None = None) -> LinkClient:
+        """Another frontend's end; closing it leaves the engine alone."""
+        return LinkClient(self.address, watch=self._watch, frontend=frontend)
+
+    def forget(self, frontend: bytes) -> None:
+        """Have the engine stop what another end asked for, which is gone."""
+        self._command(Forget(frontend=frontend))
+
+    def watch(self, wait_s: float) -> None:
+        """Take no part but see that the engine lives, and log what it warns of: returns after `wait_s`.
+        Raises EngineError once it is lost, or silent for longer than a step or a restart of its ranks
+        may take."""
+        deadline_s = time.monotonic() + wait_s
+        try:
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                self.poll(left_s)
+        finally:
+            while self._notes:
+                note = self._notes.popleft()
+                logger.log(note.level, "%s", note.text)
+        quiet_s = time.monotonic() - self._heard_s
+        if self._patience is None or quiet_s < self._patience.of(self.status()):
+            return
+        logger.error("the engine loop hangs:\n%s", self._patience.stacks())
+        raise EngineError(f"the engine has said nothing for {quiet_s:.0f} s")
 
     @property
     def news_socket(self) -> zmq.Socket[bytes]:
@@ -291,8 +378,12 @@ class LinkClient:
                 return deltas
             except msgspec.DecodeError as error:
                 raise EngineError(f"the engine sent what is no news: {error}") from None
+            self._heard_s = time.monotonic()
             if isinstance(news, Lost):
                 raise EngineError(news.error)
+            if isinstance(news, Note):
+                self._notes.append(news)
+                continue
             deltas += news.deltas
             if news.status is not None:
                 with self._status_lock:
@@ -312,7 +403,7 @@ class LinkClient:
         while len(blocks) > MOST_BLOCKS:
             del blocks[next(iter(blocks))]
 
-    def _command(self, command: Submit | Abort) -> None:
+    def _command(self, command: Submit | Abort | Forget) -> None:
         with self._lock:
             if self._closed:
                 raise EngineError("this engine is closed")

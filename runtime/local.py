@@ -15,14 +15,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from paceline.parallel.launch import free_port, solo_mesh, spawn
 from paceline.parallel.rank import RankSpec
+from paceline.runtime import logs, stacks
 from paceline.runtime.channel import PlanSender, RankAddresses
 from paceline.runtime.config import EngineConfig
-from paceline.runtime.engine import Engine
+from paceline.runtime.engine import Engine, make_engine
 from paceline.runtime.engine_loop import run_engine
 from paceline.runtime.errors import (
     DeadlineError,
@@ -32,10 +34,9 @@ from paceline.runtime.errors import (
     UserError,
 )
 from paceline.runtime.executor import ChannelExecutor
-from paceline.runtime.link import LinkAddress, LinkClient, LinkServer
+from paceline.runtime.link import LinkAddress, LinkClient, LinkServer, Patience
 from paceline.runtime.preflight import Facts
-from paceline.runtime.rank import local_rank
-from paceline.runtime.schedule.scheduler import make_scheduler
+from paceline.runtime.rank import failed_step, local_rank, ran_out_of_memory
 from paceline.runtime.transfer.control import KvControl
 from paceline.runtime.types import StepPlan, StepResult
 from paceline.runtime.worker import Worker
@@ -99,6 +100,11 @@ def connect(
             None if process.is_alive() else f"the engine ended with exit code {process.exitcode}"
         ),
         on_close=close,
+        patience=Patience(
+            step_s=config.step_timeout_s,
+            restart_s=config.load_timeout_s,
+            stacks=lambda: stacks.take(process.pid or 0),
+        ),
     )
 
 
@@ -114,6 +120,8 @@ def _engine_process(
         nonlocal stopped
         stopped = True
 
+    logs.configure(config, role=logs.engine_role(config, "coordinator"))
+    stacks.allow()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a start that is given up ends its ranks
     if config.cpu_threads is not None or "OMP_NUM_THREADS" not in os.environ:
@@ -143,23 +151,19 @@ def _engine(config: EngineConfig, *, max_model_len: int) -> Engine:
             f"{config.world_size} ranks need {config.world_size} {device} devices, this machine has {count}; lower "
             "tensor_parallel_size or draft_tensor_parallel_size"
         )
-    executor: InProcess | LocalProcesses
     links = None
     if config.kv_transfer_config is not None:
         links = KvControl(f"tcp://{LOCALHOST}:*", num_ranks=config.world_size)
     address = None if links is None else links.address
     if config.world_size == 1 and config.distributed_executor_backend != "mp":
-        executor = InProcess(Worker(config, solo_mesh(device)), links=address)
-    else:
-        executor = LocalProcesses(config, device=device, links=address)
-    try:
-        if links is not None:
-            links.wait_ready(timeout_s=config.load_timeout_s, check=executor.check)
-    except BaseException:
-        executor.close()
-        raise
-    scheduler = make_scheduler(config, max_model_len=max_model_len, num_blocks=executor.num_blocks)
-    return Engine(scheduler, executor, ranks=executor.ranks, links=links)
+        alone = InProcess(lambda: Worker(config, solo_mesh(device)), links=address)
+        return make_engine(config, alone, links, max_model_len)
+    executor = ChannelExecutor(
+        lambda: LocalRanks(config, device=device, links=address),
+        load_timeout_s=config.load_timeout_s,
+        step_timeout_s=config.step_timeout_s,
+    )
+    return make_engine(config, executor, links, max_model_len)
 
 
 def local_devices(wanted: str) -> tuple[str, int]:
@@ -177,35 +181,50 @@ class InProcess:
     The others, if there are any, must run the same engine in lockstep: all then make the same plans.
     """
 
-    def __init__(self, worker: Worker, *, links: str | None = None) -> None:
-        """`links` is where its KV link finds the engine loop, if it shall have one."""
-        self._worker = worker
-        self.num_blocks, self.ranks = worker.num_blocks, (worker.facts(),)
-        if links is not None:
-            worker.connect(control=links, host=LOCALHOST)
+    def __init__(self, make: Callable[[], Worker], *, links: str | None = None) -> None:
+        """`make` loads the worker, again where memory ran out. `links` is where its KV link finds the
+        engine loop, if it shall have one."""
+        self._make, self._links = make, links
+        self._worker: Worker
+        self.num_blocks = 0
+        self.ranks: tuple[str, ...] = ()
+        self.start_ranks()
 
     def step(self, plan: StepPlan) -> StepResult:
-        return self._worker.step(plan)
+        try:
+            return self._worker.step(plan)
+        except Exception as error:
+            if self._worker.mesh.world.size > 1 or not ran_out_of_memory(error):
+                raise
+            return failed_step(plan, error)
 
     def check(self) -> None:
         pass
+
+    def end_ranks(self) -> None:
+        self._worker.close()
+        del self._worker
+
+    def start_ranks(self) -> None:
+        self._worker = self._make()
+        self.num_blocks, self.ranks = self._worker.num_blocks, (self._worker.facts(),)
+        if self._links is not None:
+            self._worker.connect(control=self._links, host=LOCALHOST)
 
     def close(self) -> None:
         self._worker.close()
 
 
-class LocalProcesses:
-    """Satisfies `Executor` with one process per rank, which end with this one."""
+class LocalRanks:
+    """Satisfies `Ranks` with processes of this machine, which end with this one."""
 
     def __init__(self, config: EngineConfig, *, device: str, links: str | None = None) -> None:
         """`links` is where KV links find the engine loop, if there shall be any."""
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-")
         size, port = config.world_size, free_port()
-        self._channel = PlanSender(
+        self.channel = PlanSender(
             f"ipc://{self._folder.name}/plans", num_ranks=size, watch=self._dead
         )
-        self._executor = ChannelExecutor(self._channel, step_timeout_s=config.step_timeout_s)
-        self._processes: list[BaseProcess] = []
         specs = [
             RankSpec(
                 rank=rank,
@@ -222,26 +241,21 @@ class LocalProcesses:
             )
             for rank in range(size)
         ]
-        addresses = RankAddresses(plans=self._channel.address, links=links)
-        try:
-            self._processes = spawn(local_rank, args=[(config, spec, addresses) for spec in specs])
-            ready = self._channel.wait_for_ranks(timeout_s=config.load_timeout_s)
-            self.ranks, self.num_blocks = ready.ranks, ready.num_blocks
-        except BaseException:
-            for process in self._processes:  # while it loads a rank does not hear that it shall end
-                process.kill()
-            self.close()
-            raise
+        addresses = RankAddresses(plans=self.channel.address, links=links)
+        self._processes: list[BaseProcess] = []
+        self._processes = spawn(local_rank, args=[(config, spec, addresses) for spec in specs])
 
-    def step(self, plan: StepPlan) -> StepResult:
-        return self._executor.step(plan)
+    def stacks(self) -> list[str]:
+        return [stacks.take(process.pid or 0) for process in self._processes]
 
-    def check(self) -> None:
-        self._executor.check()
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        self.close()
 
     def close(self) -> None:
         """Ends every process: asked first, then killed."""
-        self._channel.close()
+        self.channel.close()
         _end(self._processes)
         with contextlib.suppress(FileNotFoundError):
             self._folder.cleanup()

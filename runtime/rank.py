@@ -6,11 +6,14 @@ import logging
 import os
 from collections.abc import Callable
 
+import torch
+
 from paceline.parallel.launch import join, leave
 from paceline.parallel.rank import RankSpec
+from paceline.runtime import logs, stacks
 from paceline.runtime.channel import PlanReceiver, RankAddresses
 from paceline.runtime.config import EngineConfig
-from paceline.runtime.types import StepResult
+from paceline.runtime.types import StepPlan, StepResult
 from paceline.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ def run_rank(
 ) -> None:
     """Serve plans until told to stop or `alive` is false. Failures are told to the coordinator.
     `host` is where other engines reach this rank's KV link."""
+    stacks.allow()
     channel = PlanReceiver(addresses.plans, rank=spec.rank)
     worker = None
     try:
@@ -45,7 +49,7 @@ def run_rank(
                 result = worker.step(plan)
             except Exception as error:
                 logger.exception("rank %d failed in step %d", spec.rank, plan.step)
-                channel.answer(StepResult(step=plan.step, error=f"{type(error).__name__}: {error}"))
+                channel.answer(failed_step(plan, error))
                 return
             if spec.rank == 0:
                 channel.answer(result)
@@ -56,7 +60,24 @@ def run_rank(
         leave()
 
 
+def failed_step(plan: StepPlan, error: Exception) -> StepResult:
+    """What a rank says of a step it could not do."""
+    return StepResult(
+        step=plan.step,
+        error=f"{type(error).__name__}: {error}",
+        out_of_memory=ran_out_of_memory(error),
+    )
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether a step failed for want of the device's or the host's memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def local_rank(config: EngineConfig, spec: RankSpec, addresses: RankAddresses) -> None:
     """A rank in a process of its own, which ends when its parent does."""
+    logs.configure(config, role=logs.engine_role(config, f"rank {spec.rank}"))
     parent = os.getppid()
     run_rank(config, spec, addresses, alive=lambda: os.getppid() == parent)

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 """Raised by one whenever a type below changes its meaning; both ends of a channel compare it."""
 
 
@@ -139,6 +139,8 @@ class KvProduce(WireType, frozen=True, kw_only=True):
     """How long to hold it for a consumer that is not heard of."""
     read_draft: bool = True
     """Whether the drafter reads the prompt too, so that its KV can be fetched."""
+    consumer_id: str = ""
+    """The engine that may fetch it; empty for whichever knows the transfer's id."""
 
 
 class KvFetch(WireType, frozen=True, kw_only=True):
@@ -301,6 +303,8 @@ class StepResult(WireType, frozen=True, kw_only=True, omit_defaults=True):
     num_rows: int = 0
     """Rows of the target's pass."""
     error: str | None = None
+    out_of_memory: bool = False
+    """Whether that was for want of memory."""
     version: int = WIRE_VERSION
 
 
@@ -312,9 +316,25 @@ class Event(enum.StrEnum):
     """The engine has it."""
     SCHEDULED = "scheduled"
     """Its first tokens are in a step. Again after every preemption."""
+    FETCHED = "fetched"
+    """Its KV has come from another engine, or could not be had: `RequestMetrics.fetch` says which."""
     FIRST_TOKEN = "first_token"
     PREEMPTED = "preempted"
     FINISHED = "finished"
+
+
+class FetchAccount(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """How the KV of a prompt came from the engine that read it."""
+
+    num_tokens: int
+    num_bytes: int = 0
+    """Received, over all ranks."""
+    seconds: float = 0.0
+    """On the slowest rank, as is the next."""
+    unoverlapped_s: float = 0.0
+    """After the prompt had been read."""
+    error: str | None = None
+    """Why it could not be had, if so."""
 
 
 class RequestMetrics(WireType, frozen=True, kw_only=True):
@@ -334,6 +354,8 @@ class RequestMetrics(WireType, frozen=True, kw_only=True):
     """Of all steps the request took part in after its first token, whoever else did."""
     events: tuple[tuple[Event, float], ...]
     """With seconds of the coordinator's monotonic clock."""
+    fetch: FetchAccount | None = None
+    """Where its prompt was read on another engine."""
 
     def at(self, event: Event) -> float | None:
         """When it happened first; None if it did not."""
@@ -360,6 +382,35 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 EngineRole = Literal["both", "prefill", "decode"]
 
 
+class Hop(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """One stay of a request on an engine, as the router saw it: moments are seconds of the router's
+    monotonic clock."""
+
+    engine_id: str
+    """Who writes the text."""
+    reader_id: str = ""
+    """Who reads the prompt, where that is another."""
+    policy: str = ""
+    """What chose them."""
+    asked_s: float
+    """When the request came, or its last engine was lost."""
+    chosen_s: float
+    first_token_s: float | None = None
+    """When the first token from here came."""
+    ended_s: float | None = None
+    """When it ended here, or the engine was lost."""
+    num_cached_tokens: int = 0
+    """Expected to be in the writer's prefix cache."""
+    num_moved_tokens: int = 0
+    """That travel from the reader to the writer."""
+    read_s: float | None = None
+    """When the reader said that it was done."""
+    read: RequestMetrics | None = None
+    """The reader's account."""
+    metrics: RequestMetrics | None = None
+    """The writer's; None if it was lost."""
+
+
 class TokenDelta(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one request. Exactly one delta of a request has a `finish_reason`, and it is
     the last."""
@@ -379,6 +430,8 @@ class TokenDelta(WireType, frozen=True, kw_only=True, omit_defaults=True):
     error: str | None = None
     metrics: RequestMetrics | None = None
     """With the finish reason."""
+    hops: tuple[Hop, ...] = ()
+    """Likewise, where a router passed it on: the request's stays on engines, in order."""
 
 
 class StepStats(WireType, frozen=True, kw_only=True):
@@ -461,6 +514,10 @@ class EngineStatus(WireType, frozen=True, kw_only=True):
     """Those that no longer can."""
     links: KvLinks = KvLinks()
     transfers: TransferTotals = TransferTotals()
+    num_restarts: int = 0
+    """How often ranks were started anew because one had ended or hung."""
+    restarting: bool = False
+    """Whether they are just now: requests wait."""
     engine_id: str = ""
     role: EngineRole = "both"
     members: tuple[EngineStatus, ...] = ()

@@ -128,6 +128,17 @@ class BlockPool:
         stored = tuple(each for each, found in changes.items() if found)
         return stored, tuple(each for each, found in changes.items() if not found)
 
+    def stored(self) -> tuple[BlockHash, ...]:
+        """All that can be found, where it is reported. Mutates nothing."""
+        return () if self._changes is None else tuple(self._by_hash)
+
+    def emptied(self, num_blocks: int) -> BlockPool:
+        """A pool in its place that holds nothing; what could be found here it reports as removed."""
+        pool = BlockPool(num_blocks, report=self._changes is not None)
+        if self._changes is not None:
+            pool._changes = dict.fromkeys((*self._changes, *self._by_hash), False)
+        return pool
+
     def holders(self, block: int) -> int:
         """How many hold a block. Mutates nothing."""
         return self._holders[block]

@@ -1,6 +1,6 @@
 """One request on its way through the engine.
 
-             ┌───────────out of blocks: PREEMPTED───────────┐
+             ┌──────out of blocks, or ranks: PREEMPTED──────┐
              v                                              │
     ──add── WAITING ──a seat and its blocks: SCHEDULED──> RUNNING ──stop, length──> FINISHED
              │ │ ^                                         ^│                          ^
@@ -24,9 +24,10 @@ from typing import NamedTuple
 from paceline.runtime.schedule.draft_length import DraftState
 from paceline.runtime.schedule.policy import KvPolicy
 from paceline.runtime.schedule.prefix import BlockHash
-from paceline.runtime.schedule.transfers import Transfer
+from paceline.runtime.schedule.transfers import Transfer, TransferEnd
 from paceline.runtime.types import (
     Event,
+    FetchAccount,
     FinishReason,
     KvFetch,
     Request,
@@ -91,6 +92,10 @@ class RunningRequest:
     """Where its KV is to be had, until that has been tried."""
     transfer: Transfer | None = None
     """While its blocks are in the links' hands."""
+    fetched: FetchAccount | None = None
+    """How its KV came from elsewhere, once that has been tried."""
+    strikes: int = 0
+    """Steps with it that ended in a crash, since it last got a token."""
     num_cached: int | None = None
     """Prompt tokens whose KV was there when it was first scheduled."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -169,6 +174,20 @@ class RunningRequest:
             counts += [0] * (num_accepted + 1 - len(counts))
         counts[num_accepted] += 1
 
+    def note_fetched(
+        self, end: TransferEnd, *, num_tokens: int, error: str | None, now_s: float
+    ) -> None:
+        """Remember how its KV came, or why not."""
+        stats = end.stats
+        self.events.append((Event.FETCHED, now_s))
+        self.fetched = FetchAccount(
+            num_tokens=num_tokens,
+            num_bytes=stats.num_bytes,
+            seconds=stats.seconds,
+            unoverlapped_s=stats.unoverlapped_s,
+            error=error,
+        )
+
     def stop_clock(self, total: StageTimes) -> None:
         """It takes no part in the steps that follow."""
         if self.times_since is not None:
@@ -196,6 +215,7 @@ class RunningRequest:
             accepted_at=tuple(self.accepted_at),
             times=self.times,
             events=tuple(self.events),
+            fetch=self.fetched,
         )
 
 

@@ -29,11 +29,12 @@ that was preempted returns only when all of its tokens fit beside those who run.
 from __future__ import annotations
 
 import heapq
+import logging
 import time
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -67,7 +68,15 @@ from paceline.runtime.types import (
     TokenDelta,
 )
 
+logger = logging.getLogger(__name__)
+
 _MOST_STEPS = 1000
+TRIED_ALONE = 2
+"""Crashes in a row of its steps, after which a request is let in only while no other such runs."""
+GUILTY = 3
+"""Crashes in a row, after which a request is taken for their cause and ended."""
+CAUTIOUS_S = 60.0
+"""How long steps stay small after memory ran out in one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +137,8 @@ class Scheduler:
         speculation: Speculation | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.limits = limits
+        self.limits = self._full_limits = limits
+        self._cautious_until_s = 0.0
         self._speculation = speculation
         self._clock = clock
         has_links = limits.num_slots > 0
@@ -140,7 +150,6 @@ class Scheduler:
         self._drafts: DraftPolicy = FixedDrafts()
         if speculation is not None and speculation.adaptive:
             self._drafts = AdaptiveDrafts(most=speculation.num_tokens)
-        self._seats = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self._requests: dict[str, RunningRequest] = {}
         self._running: list[RunningRequest] = []  # best key first
         self._waiting: list[tuple[tuple[float, int], RunningRequest]] = []
@@ -165,6 +174,11 @@ class Scheduler:
         """Whether to make another plan. One that only says who is finished is worth a step: the
         ranks hold what such requests had until they hear of it."""
         return bool(self._running or self._num_waiting or self._finished)
+
+    @property
+    def num_requests(self) -> int:
+        """Those that have not ended."""
+        return len(self._requests)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises PromptError if it could never run."""
@@ -271,6 +285,10 @@ class Scheduler:
             transfers=self.transfers.totals(),
         )
 
+    def stored_blocks(self) -> tuple[bytes, ...]:
+        """Hashes of all blocks that can be found, where they are reported at all."""
+        return self._pool.stored()
+
     def check(self) -> None:
         """Every block is free or held by exactly those that have it in their tables; everybody is
         in one place."""
@@ -307,6 +325,8 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step. Moves waiting requests to running, and back where blocks run out."""
         now_s = self._planned_s = self._clock()
+        if self.limits is not self._full_limits and now_s >= self._cautious_until_s:
+            self.limits = self._full_limits
         num_preemptions = self._totals["preemptions"]
         self._shares = []
         free_rows = self._choose_drafts()
@@ -468,6 +488,8 @@ class Scheduler:
                 continue
             if free_rows == 0 and running.fetch is None:
                 return
+            if running.strikes >= TRIED_ALONE and self._has_suspect:
+                return
             blocked = self._blocked
             if blocked is not None and (self._running or self.transfers.holds_blocks):
                 tried, num_free = blocked
@@ -497,6 +519,14 @@ class Scheduler:
             assert num_tokens > 0, f"{running.request_id} was let in without room"
             free_rows -= num_tokens
             self._read(running, num_tokens)
+
+    @property
+    def _has_suspect(self) -> bool:
+        return any(each.strikes >= TRIED_ALONE for each in self._running)
+
+    @property
+    def _seats(self) -> int:
+        return min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
 
     @property
     def _num_seated(self) -> int:
@@ -565,6 +595,8 @@ class Scheduler:
         error = end.error
         if error is None:
             error = self._mismatch(running, end.handover)
+        num_tokens = transfer.num_tokens
+        running.note_fetched(end, num_tokens=num_tokens, error=error, now_s=self._clock())
         if error is None:
             assert end.handover is not None
             return [self._arrived(running, end.handover)]
@@ -725,6 +757,7 @@ class Scheduler:
             self._learn(share, each)
         if running.request.produce is not None:
             self._hand_over(running, each)
+        running.strikes = 0
         token_ids, end = running.append(each.token_ids)
         running.seen = len(running.token_ids) - 1
         self._settle(running)
@@ -816,6 +849,64 @@ class Scheduler:
                 later_rows=later_rows,
             )
         )
+
+    # ------------------------------------------------------------------------------------- new ranks
+
+    def restart(self, num_blocks: int, *, out_of_memory: bool = False) -> list[TokenDelta]:
+        """All ranks were started again, with so many blocks that hold nothing: every request waits at
+        its old place, to read its tokens again. The terminal deltas of those that cannot.
+
+        What a crash leaves undecided is who caused it. A request whose steps crash twice in a row is
+        from then on let in only while no other such runs; the third crash in a row is its own, and
+        ends it. After `out_of_memory` steps are half as large for `CAUTIOUS_S`.
+        """
+        now_s = self._clock()
+        self._full_limits = replace(self._full_limits, num_blocks=num_blocks)
+        self.limits = replace(self.limits, num_blocks=num_blocks)
+        if out_of_memory:
+            fewer = max(1, self.limits.max_num_batched_tokens // 2)
+            self.limits = replace(self.limits, max_num_batched_tokens=fewer)
+            self._cautious_until_s = now_s + CAUTIOUS_S
+        for share in self._shares:
+            share.running.strikes += 1
+        seated = [each for each in self._requests.values() if each.state is not State.WAITING]
+        self._shares, self._running, self._finished, self._blocked = [], [], [], None
+        self.transfers.lose_all()
+        self._pool = self._pool.emptied(num_blocks)
+        deltas = []
+        for running in seated:
+            was_fetching = running.state is State.FETCHING
+            running.transfer = None
+            running.lose_blocks()
+            running.stop_clock(self._times)
+            running.events.append((Event.PREEMPTED, now_s))
+            self._wait(running)
+            why = self._why_not_again(running, was_fetching=was_fetching)
+            if was_fetching:
+                running.fetch = None
+            if why is not None:
+                self._num_waiting -= 1
+                self._end(running, now_s=now_s, reason=why)
+                deltas.append(_terminal(running, "error", why))
+        return deltas
+
+    def _why_not_again(self, running: RunningRequest, *, was_fetching: bool) -> str | None:
+        """Why a request that had a seat in a crash is not to go on; None if it is."""
+        if running.strikes >= GUILTY:
+            return (
+                f"a rank ended in each of {running.strikes} steps in a row that this request was "
+                "part of: it is not tried again"
+            )
+        if running.request.produce is not None:
+            return "the engine that read its prompt for another was started again"
+        if was_fetching and running.fetch is not None and not running.fetch.recompute:
+            return "the KV of its prompt could not be fetched: this engine was started again"
+        needed = running.policy.most_blocks(
+            running.num_prompt + running.request.max_tokens - 1, span=1
+        )
+        if needed > self.limits.num_blocks:
+            return f"it needs {needed} KV blocks, and there are {self.limits.num_blocks} now"
+        return None
 
     # -------------------------------------------------------------------------------------- blocks
 
@@ -922,6 +1013,7 @@ class Scheduler:
         running.stop_clock(self._times)
         running.events.append((Event.PREEMPTED, now_s))
         self._totals["preemptions"] += 1
+        logger.debug("a request is preempted", extra={"request_id": running.request_id})
         self._release(running)
         self._wait(running)
 

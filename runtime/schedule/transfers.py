@@ -115,6 +115,7 @@ class TransferBook:
                 block_ids=tuple(block_ids),
                 num_tokens=num_tokens,
                 lease_s=wanted.lease_s,
+                consumer_id=wanted.consumer_id,
             )
         )
         return transfer
@@ -187,6 +188,14 @@ class TransferBook:
             self._free_slots.append(transfer.slot)
         self._count(transfer, end)
         return transfer
+
+    def lose_all(self) -> None:
+        """The links are gone, and whatever was in their hands with them."""
+        for transfer in self._transfers.values():
+            self._count(transfer, TransferEnd(transfer_id=transfer.transfer_id, error="links lost"))
+        self._transfers.clear()
+        self.orders.clear()
+        self._free_slots = list(range(self.num_slots))
 
     def take_orders(self) -> list[Command]:
         orders, self.orders = self.orders, []

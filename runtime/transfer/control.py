@@ -122,6 +122,14 @@ class KvControl:
         ends, self._ends = self._ends, []
         return ends
 
+    def lose_all(self) -> None:
+        """The ranks were ended, and their links with them: wait for others. Nothing of theirs that
+        still comes is heard."""
+        self._receive()
+        self._links.clear()
+        self._open.clear()
+        self._ends.clear()
+
     def close(self) -> None:
         self.socket.close()
         self._context.term()

@@ -25,7 +25,7 @@ import zmq
 from paceline import LLM, SamplingParams
 from paceline.runtime import engine_loop, link
 from paceline.runtime.config import make_config
-from paceline.runtime.engine import Engine
+from paceline.runtime.engine import MOST_IN_VAIN, Engine
 from paceline.runtime.engine_loop import run_engine
 from paceline.runtime.errors import EngineError, ShardError, UserError
 from paceline.runtime.link import Abort, LinkAddress, LinkClient, LinkServer, Submit
@@ -58,6 +58,10 @@ class Counting:
         """Raised when it is asked whether ranks live."""
         self.pause_s = 0.0
         self.closed = False
+        self.num_blocks, self.ranks = NUM_BLOCKS, ("rank 0, counting",)
+        self.hopeless = False
+        """Whether ranks that have ended cannot be started anew."""
+        self.num_starts = 0
         self._next: dict[str, int] = {}
         self._unread: dict[str, int] = {}
 
@@ -70,8 +74,9 @@ class Counting:
     def _result(self, scheduled: ScheduledRequest) -> RequestResult:
         request_id, request = scheduled.request_id, scheduled.request
         if request is not None:
-            self._next[request_id] = request.prompt_token_ids[-1] + 1
-            self._unread[request_id] = len(request.prompt_token_ids) - scheduled.num_cached
+            token_ids = (*request.prompt_token_ids, *scheduled.output_token_ids)
+            self._next[request_id] = token_ids[-1] + 1
+            self._unread[request_id] = len(token_ids) - scheduled.num_cached
         self._unread[request_id] -= scheduled.num_tokens
         if self._unread[request_id]:
             return RequestResult(request_id=request_id)
@@ -84,6 +89,16 @@ class Counting:
         if self.dead is not None:
             raise self.dead
 
+    def end_ranks(self) -> None:
+        self._next.clear()
+        self._unread.clear()
+
+    def start_ranks(self) -> None:
+        if self.hopeless:
+            raise self.failure or self.dead or AssertionError("nothing had failed")
+        self.num_starts += 1
+        self.failure = self.dead = None
+
     def close(self) -> None:
         self.closed = True
 
@@ -95,7 +110,7 @@ class Served:
         self.executor = Counting()
         config = make_config({"max_num_seqs": 8})
         scheduler = make_scheduler(config, max_model_len=512, num_blocks=NUM_BLOCKS)
-        self.engine = Engine(scheduler, self.executor, ranks=("rank 0, counting",))
+        self.engine = Engine(scheduler, self.executor)
         self.server = LinkServer(f"ipc://{folder}/commands", f"ipc://{folder}/news")
         self.address = self.server.address
         self.gone: str | None = None
@@ -408,7 +423,7 @@ def test_every_frontend_hears_that_the_engine_is_lost(
     for client in (working, idle):
         client.submit([request(str(id(client)))])
         collect(client, str(id(client)))
-    served.executor.failure = failure
+    served.executor.failure, served.executor.hopeless = failure, True
     working.submit([request("a")])
     for client in (working, idle):
         with pytest.raises(EngineError) as lost:
@@ -419,15 +434,44 @@ def test_every_frontend_hears_that_the_engine_is_lost(
     assert served.executor.closed
 
 
+def test_ranks_that_end_in_a_step_are_started_anew_and_the_texts_go_on(served: Served) -> None:
+    client = served.frontend()
+    served.executor.pause_s = 0.01
+    client.submit([request("a", max_tokens=20), request("b", max_tokens=20)])
+    deltas = [*client.poll(LONG_S), *client.poll(LONG_S)]
+    served.executor.failure = ShardError("rank 0 died: killed")
+    while not {"a", "b"} <= {d.request_id for d in deltas if d.finish_reason is not None}:
+        deltas += client.poll(LONG_S)
+    for name in ("a", "b"):
+        text = [token for d in deltas if d.request_id == name for token in d.token_ids]
+        assert text == list(range(text[0], text[0] + 20)), "none lost, none repeated"
+    assert served.executor.num_starts == 1
+    wait_until(lambda: bool(client.poll(0.05)) or client.status().num_restarts == 1)
+    assert not client.status().restarting
+
+
+def test_ranks_that_end_again_and_again_are_given_up(served: Served) -> None:
+    client = served.frontend()
+
+    def end_again() -> None:
+        served.executor.num_starts += 1
+
+    served.executor.start_ranks = end_again  # type: ignore[method-assign]
+    served.executor.failure = ShardError("rank 0 died: killed")
+    client.submit([request(name, max_tokens=3) for name in "abcdefgh"])
+    with pytest.raises(EngineError, match=f"ended {MOST_IN_VAIN + 1} times in a row"):
+        collect(client, "never")
+    assert served.executor.num_starts == MOST_IN_VAIN
+
+
 def test_a_rank_that_dies_while_there_is_nothing_to_do_is_noticed(served: Served) -> None:
     client = served.frontend()
     client.submit([request("a")])
     collect(client, "a")
     served.executor.dead = ShardError("rank 0 died: killed")
-    with pytest.raises(EngineError, match="rank 0 died: killed"):
-        collect(client, "never")
-    served.join()
-    assert served.executor.closed
+    wait_until(lambda: bool(client.poll(0.05)) or client.status().num_restarts == 1)
+    client.submit([request("b")])
+    collect(client, "b")
 
 
 def test_an_engine_that_is_gone_without_a_word_is_found_by_asking(served: Served) -> None:

@@ -66,6 +66,7 @@ class Ranks:
     def __init__(self, folder: Path) -> None:
         self.address = f"ipc://{folder}/plans"
         self.died: str | None = None
+        self.num_killed = 0
         self.senders: list[PlanSender] = []
         self._threads: list[threading.Thread] = []
 
@@ -79,6 +80,18 @@ class Ranks:
         for rank, life in enumerate(lives):
             self._threads.append(threading.Thread(target=self._run, args=(rank, life)))
             self._threads[-1].start()
+
+    def executor(self, *, starts: bool = True, **timeouts: float) -> ChannelExecutor:
+        """Over one rank that listens; one that `starts` also says that it is ready."""
+
+        def start() -> _Started:
+            made = _Started(self)
+            if starts:
+                self.start(listen)
+            return made
+
+        timeouts = {"load_timeout_s": LONG_S, "step_timeout_s": LONG_S, **timeouts}
+        return ChannelExecutor(start, **timeouts)
 
     def say(self, body: bytes, *, rank: int = 0) -> None:
         """Send raw bytes under a rank's name."""
@@ -99,6 +112,24 @@ class Ranks:
             life(receiver)
         finally:
             receiver.close()
+
+
+class _Started:
+    """Ranks that one executor started."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.channel = ranks.sender(num_ranks=1)
+        self._ranks = ranks
+
+    def stacks(self) -> list[str]:
+        return ["in the middle of something"]
+
+    def kill(self) -> None:
+        self._ranks.num_killed += 1
+        self.close()
+
+    def close(self) -> None:
+        self.channel.close()
 
 
 @pytest.fixture
@@ -331,19 +362,39 @@ def test_plan_of_another_version_is_refused_by_the_rank(ranks: Ranks) -> None:
 
 
 def test_checking_finds_a_rank_that_died_while_there_was_nothing_to_do(ranks: Ranks) -> None:
-    executor = ChannelExecutor(ranks.sender(num_ranks=1), step_timeout_s=LONG_S)
+    executor = ranks.executor()
     executor.check()
     ranks.died = "rank 0 ended with exit code -9"
     with pytest.raises(ShardError, match="rank 0 ended with exit code -9"):
         executor.check()
 
 
-def test_executor_of_a_channel_carries_its_deadline(ranks: Ranks) -> None:
-    sender = ranks.sender(num_ranks=1)
-    ranks.start(listen)
-    sender.wait_for_ranks(timeout_s=LONG_S)
+def test_a_step_that_hangs_is_found_and_the_stacks_of_all_ranks_are_logged(
+    ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor = ranks.executor(step_timeout_s=0.02)
+    with pytest.raises(ShardError, match="step 3: the stacks of all ranks are in the log"):
+        executor.step(PLAN)
+    assert "rank 0 hangs:\nin the middle of something" in caplog.text
+
+
+def test_other_ranks_take_the_place_of_those_that_ended(ranks: Ranks) -> None:
+    executor = ranks.executor()
+    ranks.died = "rank 0 ended with exit code -9"
+    executor.end_ranks()
+    ranks.died = None
+    executor.start_ranks()
+    executor.check()
+    executor.close()
+
+
+def test_ranks_that_do_not_load_in_time_are_ended(
+    ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(DeadlineError):
-        ChannelExecutor(sender, step_timeout_s=0.02).step(PLAN)
+        ranks.executor(load_timeout_s=0.02, starts=False)
+    assert "rank 0 hangs" in caplog.text
+    assert ranks.num_killed == 1
 
 
 # ----------------------------------------------------------------------------------------- shutdown

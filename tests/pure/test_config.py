@@ -50,15 +50,22 @@ GENERATE_FLAGS = [
     "--seed",
     "--speculative-config",
     "--kv-transfer-config",
+    "--link-certfile",
+    "--link-keyfile",
+    "--link-ca-certs",
     "--device",
     "--distributed-executor-backend",
     "--cpu-threads",
     "--disable-custom-all-reduce",
     "--no-disable-custom-all-reduce",
     "--ray-address",
+    "--ray-placement-group",
+    "--ray-bundle-indices",
     "--placement-timeout-s",
     "--load-timeout-s",
     "--step-timeout-s",
+    "--log-level",
+    "--log-format",
     "--max-tokens",
     "--min-tokens",
     "--temperature",
@@ -391,6 +398,12 @@ def test_what_is_one_engines_is_refused_for_several(transfer: dict[str, str], wo
     check_fleet(make_fleet({}), config)
     with pytest.raises(ConfigError, match=words):
         check_fleet(make_fleet({"prefill_replicas": 1}), config)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "*"])
+def test_links_have_an_address_that_others_can_reach(host: str) -> None:
+    line = refusal({"kv_transfer_config": {"host": host}})
+    assert f"kv_transfer_config.host {host} is every address of the node" in line
 
 
 # -------------------------------------------------------------------------------------- the fields

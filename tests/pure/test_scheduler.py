@@ -327,6 +327,17 @@ class Run:
         self.scheduler.check()
         return plan
 
+    def crash(self, *, out_of_memory: bool = False) -> None:
+        """A step is planned, and the ranks end in it; others take their place."""
+        self.scheduler.schedule()
+        self.worker.known.clear()
+        self.worker.target.clear()
+        self.worker.drafter.clear()
+        num_blocks = self.scheduler.limits.num_blocks
+        for delta in self.scheduler.restart(num_blocks, out_of_memory=out_of_memory):
+            self.heard[delta.request_id].hear(delta)
+        self.scheduler.check()
+
     def finish(self, *, most_steps: int = 3000) -> None:
         """Run until nothing is left; every text is that of its request alone."""
         for _ in range(most_steps):
@@ -342,7 +353,7 @@ class Run:
             assert heard.last is not None, f"{heard.request.request_id} never ended"
             assert heard.last.metrics is not None
             assert heard.last.metrics.num_tokens == len(heard.token_ids)
-            if heard.last.finish_reason == "abort":
+            if heard.last.finish_reason in ("abort", "error"):
                 assert heard.token_ids == text[: len(heard.token_ids)]
                 continue
             assert heard.token_ids == text, heard.request.request_id
@@ -1145,6 +1156,10 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort_while_a_step_runs(self, data: st.DataObject) -> None:
         self.run_.step(abort=data.draw(st.sampled_from(sorted(self.run_.heard))))
+
+    @rule(out_of_memory=st.booleans())
+    def crash(self, out_of_memory: bool) -> None:
+        self.run_.crash(out_of_memory=out_of_memory)
 
     @invariant()
     def everything_is_in_its_place(self) -> None:

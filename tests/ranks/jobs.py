@@ -105,7 +105,7 @@ def generate(
     config = make_config({**settings, **sizes})
     worker = Worker(config, mesh)
     scheduler = make_scheduler(config, max_model_len=LONGEST, num_blocks=worker.num_blocks)
-    engine = Engine(scheduler, InProcess(worker))
+    engine = Engine(scheduler, InProcess(lambda: worker))
     requests = [
         Request(
             request_id=str(number),
