@@ -68,12 +68,15 @@ class Router:
         enable_prefix_caching: bool = True,
         min_remote_tokens: int | None = None,
         patience_s: float = 60.0,
+        resume_s: float = 600.0,
+        tag: str = "",
         on_lost: Callable[[str, EngineError], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_lost` is told, by the thread that polls, of each member that failed, so that another
         may be added; without it the loss of the last one is the router's own. Requests wait
-        `patience_s` for an engine. A prompt with less than `min_remote_tokens` to be read, by
+        `patience_s` for an engine, and `resume_s` for another after they lost theirs. `tag` keeps the
+        names that engines know requests by apart from other routers'. A prompt with less than `min_remote_tokens` to be read, by
         default two blocks, is never read elsewhere."""
         self._clock = clock
         self._on_lost = on_lost
@@ -85,6 +88,8 @@ class Router:
             uses_prefixes=enable_prefix_caching,
             transfer=transfer or KvTransferConfig(),
             patience_s=patience_s,
+            resume_s=resume_s,
+            tag=tag,
             clock=clock,
         )
         self._members = self._dispatcher.roster.members

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
+from paceline.runtime.caller import Caller, current
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import EngineError, OverloadedError, PromptError, ShuttingDownError
 from paceline.runtime.outputs import Assembler, CompletionOutput, Position, RequestOutput
@@ -33,6 +34,7 @@ from paceline.runtime.requests import PRIORITY_LIMIT, Job, Prompt, RequestFactor
 from paceline.runtime.types import (
     EngineStatus,
     FinishReason,
+    Hop,
     Request,
     RequestMetrics,
     SamplingParams,
@@ -75,11 +77,18 @@ class RequestRecord:
     finish_reason: FinishReason | None = None
     metrics: RequestMetrics | None = None
     """The engine's own account, with its events; None if it was lost."""
+    hops: tuple[Hop, ...] = ()
+    """Where a router sent it, once it has ended."""
+    caller: Caller = field(default_factory=current)
+    """On whose behalf."""
 
 
 class Observer(Protocol):
     """Told of everything that metrics count. Called on the event loop: must be quick, must not
     raise. Health probes are not reported."""
+
+    def on_admitted(self, record: RequestRecord, request: Request) -> None:
+        """A text is on its way to the engine."""
 
     def on_delta(self, record: RequestRecord, *, num_tokens: int, now_s: float) -> None:
         """New tokens. The record is still as the last ones left it: its `last_token_s` is None
@@ -95,6 +104,9 @@ class Observer(Protocol):
 class NullObserver:
     """Satisfies `Observer` and takes no notice."""
 
+    def on_admitted(self, record: RequestRecord, request: Request) -> None:
+        pass
+
     def on_delta(self, record: RequestRecord, *, num_tokens: int, now_s: float) -> None:
         pass
 
@@ -103,6 +115,29 @@ class NullObserver:
 
     def on_status(self, status: EngineStatus) -> None:
         pass
+
+
+class Observers:
+    """Satisfies `Observer`: several as one, told in their order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._all = observers
+
+    def on_admitted(self, record: RequestRecord, request: Request) -> None:
+        for each in self._all:
+            each.on_admitted(record, request)
+
+    def on_delta(self, record: RequestRecord, *, num_tokens: int, now_s: float) -> None:
+        for each in self._all:
+            each.on_delta(record, num_tokens=num_tokens, now_s=now_s)
+
+    def on_finished(self, record: RequestRecord) -> None:
+        for each in self._all:
+            each.on_finished(record)
+
+    def on_status(self, status: EngineStatus) -> None:
+        for each in self._all:
+            each.on_status(status)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -263,10 +298,12 @@ class AsyncLLM:
         priority: int = 0,
         cache_salt: str = "",
         session_id: str = "",
+        retry_key: str | None = None,
     ) -> RequestStream:
         """Admit a prompt. Raises PromptError, OverloadedError, ShuttingDownError or EngineError.
 
-        `request_id` must not be in use; one is made up if not given. The stream must be closed.
+        `request_id` must not be in use; one is made up if not given. Requests of one `retry_key` that
+        are the same get the same text. The stream must be closed.
         """
         self.start()
         self._check_admission(params.n)
@@ -279,6 +316,7 @@ class AsyncLLM:
             priority=priority,
             cache_salt=cache_salt,
             session_id=session_id,
+            retry_key=retry_key,
         )
         if _is_slow(prompt, params):
             job = await asyncio.to_thread(make)
@@ -379,6 +417,10 @@ class AsyncLLM:
             await self._wait_idle(ABORT_S)
         return finished
 
+    def lose(self, error: EngineError) -> None:
+        """The engine is gone, and no other will come: every stream ends with the reason."""
+        self._lose(error)
+
     async def close(self) -> None:
         """End the threads. Streams that are left raise EngineError."""
         self._lose(ShuttingDownError("the server is shut down"))
@@ -428,6 +470,7 @@ class AsyncLLM:
                 stream=stream,
                 index=index,
             )
+            self._observer.on_admitted(record, request)
         self._streams[job.request_id] = stream
         self._num_texts += len(job.requests)
         self._outbox.put(_Message(submit=list(job.requests)))
@@ -490,6 +533,7 @@ class AsyncLLM:
         if text.assembler.stopped and not stopped and delta.finish_reason is None:
             self._outbox.put(_Message(abort=[delta.request_id]))
         if part.finish_reason is not None:
+            record.hops = delta.hops
             self._finish(text, reason=part.finish_reason, metrics=part.metrics, now_s=now_s)
             stream._push(part)
             if stream._left == 0:

@@ -32,7 +32,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from paceline.runtime.events import decode_s, prefill_s, queue_s, time_per_output_token_s
-from paceline.runtime.types import EngineStatus, FinishReason, TransferTotals
+from paceline.runtime.types import EngineStatus, FinishReason, Request, TransferTotals
 
 if TYPE_CHECKING:
     from paceline.runtime.async_llm import RequestRecord
@@ -373,6 +373,9 @@ class Metrics(Collector):
         for reason, ended in self._ended.items():
             counter.add_metric((*self._labels, reason), ended)
         yield counter
+
+    def on_admitted(self, record: RequestRecord, request: Request) -> None:
+        """Satisfies `Observer`. What is in flight is the engine's to count."""
 
     def on_delta(self, record: RequestRecord, *, num_tokens: int, now_s: float) -> None:  # noqa: ARG002
         """Satisfies `Observer`. The tokens themselves are counted by the engine."""

@@ -27,6 +27,9 @@ class Tokenizer:
         self.fast = _load(folder)
         self._bytes: dict[int, bytes] = {}
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
+        return Tokenizer, (self.folder,)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With the special tokens the model expects at the start of a prompt, unless told
         otherwise."""

@@ -10,17 +10,20 @@ import asyncio
 import contextlib
 import json
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from paceline.actors.fleet import Fleet
-from paceline.runtime.async_llm import AsyncLLM
+from paceline.runtime.async_llm import AsyncLLM, NullObserver, Observer, Observers
 from paceline.runtime.config import EngineConfig, ServerConfig
 from paceline.runtime.engine import EngineClient
 from paceline.runtime.errors import EngineError
+from paceline.runtime.link import LinkClient, LinkServer, Submit
 from paceline.runtime.models.arch import Architecture, Rope
 from paceline.runtime.preflight import Facts
 from paceline.runtime.tokenizer import Tokenizer
@@ -220,6 +223,24 @@ class FakeEngine:
             self._wake.notify_all()
 
     @property
+    def error(self) -> str | None:
+        """Why it is lost."""
+        return self._error
+
+    def link(self, frontend: bytes | None = None) -> EngineClient:
+        """As a `StartedEngine` has."""
+        return cast(EngineClient, Borrowed(self))
+
+    def watch(self, wait_s: float) -> None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._error is not None, min(wait_s, 0.02))
+            if self._error is not None:
+                raise EngineError(self._error)
+
+    def forget(self, frontend: bytes) -> None:
+        pass
+
+    @property
     def idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
         with self._wake:
@@ -341,6 +362,70 @@ class FakeEngine:
         )
 
 
+class LinkedFake:
+    """Satisfies `StartedEngine` with a fake that serves its links in a thread of this process."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self._folder = tempfile.TemporaryDirectory(prefix="paceline-")
+        self._server = LinkServer(
+            f"ipc://{self._folder.name}/commands", f"ipc://{self._folder.name}/news"
+        )
+        self.address = self._server.address
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def link(self, frontend: bytes | None = None) -> LinkClient:
+        return LinkClient(self.address, watch=self._gone, frontend=frontend)
+
+    def watch(self, wait_s: float) -> None:
+        self._closing.wait(wait_s)
+        if self.engine.error is not None:
+            raise EngineError(self.engine.error)
+
+    def forget(self, frontend: bytes) -> None:
+        with contextlib.closing(self.link()) as link:
+            link.forget(frontend)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(10)
+        self._folder.cleanup()
+
+    def _gone(self) -> str | None:
+        return self.engine.error
+
+    def _serve(self) -> None:
+        engine = self.engine
+        try:
+            while not self._closing.is_set():
+                for command in self._server.receive(wait_s=0.002 if engine.idle else 0.0):
+                    if isinstance(command, Submit):
+                        engine.submit(list(command.requests))
+                    else:
+                        engine.abort(list(command.request_ids))
+                self._server.send(engine.poll(0.002), engine.status)
+        except EngineError as error:
+            self._server.lost(str(error))
+        finally:
+            engine.close()
+            self._server.close()
+
+
+class Borrowed:
+    """A way to a fake in this process; closing it leaves the fake alone."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    def close(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
 def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
     """The token itself is the best one, its neighbours follow."""
     top = tuple(((token_id + i) % VOCAB_SIZE, -0.5 - i) for i in range(num_top))
@@ -382,8 +467,9 @@ def serving(
     config: EngineConfig | None = None,
     server: ServerConfig | None = None,
     fleet: Fleet | None = None,
+    observer: Observer | None = None,
 ) -> Iterator[Served]:
-    """The HTTP front on a free port, before `engine`."""
+    """The HTTP front on a free port, before `engine`. `observer` is told of its requests."""
     from paceline.actors.frontends import http
     from paceline.runtime.metrics import Metrics
 
@@ -394,7 +480,8 @@ def serving(
     async def main() -> None:
         try:
             metrics = Metrics(http.model_name(config, server), version="0")
-            llm = AsyncLLM(engine, facts, config, observer=metrics)
+            observers = Observers(metrics, observer or NullObserver())
+            llm = AsyncLLM(engine, facts, config, observer=observers)
             app = http.make_app(
                 llm, facts, config, server, exposition=metrics.exposition, fleet=fleet
             )

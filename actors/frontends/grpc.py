@@ -1,6 +1,6 @@
 """The gRPC door to an engine: `paceline.v1.Engine`, and the same calls under vLLM's name.
 
-    bytes ──parse──> EngineService.Generate ──> AsyncLLM.submit ──> RequestStream ──> messages
+    bytes ──parse──> EngineService.Generate ──> TenantLLM.submit ──> RequestStream ──> messages
             │ INVALID_ARGUMENT      │ errors become statuses, in one place      │ cancelled: aborted
 
 Messages are parsed here rather than by grpcio, which answers a malformed one with UNKNOWN. Beside
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hmac
 import logging
+import socket
 import struct
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,8 +33,11 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 import paceline
+from paceline.actors.frontends.auth import Keys, load_keys
+from paceline.actors.frontends.tenants import NOBODY, TenantLLM
 from paceline.proto import inference_pb2 as pb
 from paceline.proto import vllm_engine_pb2
+from paceline.runtime import caller
 from paceline.runtime.async_llm import AsyncLLM, RequestStream
 from paceline.runtime.client.errors import PUSHBACK
 from paceline.runtime.config import EngineConfig, ServerConfig
@@ -48,12 +52,16 @@ from paceline.runtime.events import prefill_s, queue_s
 from paceline.runtime.outputs import CompletionOutput, Position, RequestOutput, empty_output
 from paceline.runtime.preflight import Facts
 from paceline.runtime.requests import Prompt
+from paceline.runtime.tls import server_credentials, server_tls
 from paceline.runtime.types import RequestMetrics, SamplingParams, StructuredOutputs
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 """Of a request, as over HTTP. Replies have no limit."""
+MAX_METADATA_BYTES = 16 * 2**10
+MAX_CALLS = 4096
+"""At a time on one connection: a gateway may have all its callers on one."""
 HEALTH_TIMEOUT_S = 5.0
 WATCH_PERIOD_S = 5.0
 RETRY_LOST_S = 1.0
@@ -61,9 +69,12 @@ RETRY_LOST_S = 1.0
 SERVER_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
-    ("grpc.so_reuseport", 0),  # two servers on one port would share its callers at random
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),  # from here on refused now and then,
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),  # and from here on always
+    ("grpc.max_concurrent_streams", MAX_CALLS),
+    ("grpc.server_handshake_timeout_ms", 20_000),
 ]
 SERVICES: tuple[ServiceDescriptor, ...] = (
     pb.DESCRIPTOR.services_by_name["Engine"],
@@ -83,14 +94,47 @@ class GrpcServer:
         await self.server.stop(grace_s)
 
 
+def reserve(host: str, port: int) -> socket.socket:
+    """Keep a port for frontends that share it, however often they are started again. Raises
+    ConfigError where it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as alone:  # nobody else may have it
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind(address)
+            address = alone.getsockname()
+        held = socket.socket(family, kind, protocol)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(address)
+    except OSError:
+        raise _cannot_listen(f"{host}:{port}") from None
+    return held
+
+
+def _cannot_listen(address: str) -> ConfigError:
+    return ConfigError(
+        f"cannot listen on {address}: in use or not this machine's; choose another --grpc-port or --host"
+    )
+
+
 async def start(
-    async_llm: AsyncLLM, facts: Facts, config: EngineConfig, server_config: ServerConfig
+    async_llm: AsyncLLM,
+    facts: Facts,
+    config: EngineConfig,
+    server_config: ServerConfig,
+    *,
+    shares_port: bool = False,
 ) -> GrpcServer:
-    """Listen on `server_config.grpc_port`. Raises ConfigError if the address cannot be had."""
+    """Listen on `server_config.grpc_port`, one of several that do if it `shares_port`. Raises
+    ConfigError if the address cannot be had, and for keys or TLS that cannot be used."""
     assert server_config.grpc_port is not None, "expected a grpc_port to listen on"
-    key = server_config.api_key
+    keys = load_keys(server_config)
+    # unless that is meant, two servers on one port would share its callers at random
+    options = [*SERVER_OPTIONS, ("grpc.so_reuseport", int(shares_port))]
     server = grpc.aio.server(
-        options=SERVER_OPTIONS, interceptors=() if key is None else (ApiKeyInterceptor(key),)
+        options=options, interceptors=() if keys is None else (KeyInterceptor(keys),)
     )
     engine = EngineService(async_llm, facts, config, server_config)
     health = HealthService(async_llm)
@@ -101,12 +145,15 @@ async def start(
     reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
     host = f"[{server_config.host}]" if ":" in server_config.host else server_config.host
     address = f"{host}:{server_config.grpc_port}"
+    tls = server_tls(server_config)
     try:
-        port = server.add_insecure_port(address)
+        if tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            tls.check()
+            port = server.add_secure_port(address, server_credentials(tls))
     except RuntimeError:
-        raise ConfigError(
-            f"cannot listen on {address}: in use or not this machine's; choose another --grpc-port or --host"
-        ) from None
+        raise _cannot_listen(address) from None
     await server.start()
     return GrpcServer(server=server, port=port)
 
@@ -181,6 +228,8 @@ async def _serve_stream(
 ) -> None:
     """Closing the replies, whichever way the call ends, is what aborts a request."""
     _session_id.set(_metadata(context, "x-session-id"))
+    _retry_key.set(_metadata(context, "idempotency-key"))
+    caller.enter("", _metadata(context, "traceparent"), _metadata(context, "tracestate"))
     try:
         replies = function(_parse(kind, body))
         try:
@@ -195,7 +244,9 @@ async def _serve_stream(
 
 
 _session_id: ContextVar[str] = ContextVar("session_id", default="")
-"""Of the call that is being served: each is a task of its own."""
+_retry_key: ContextVar[str] = ContextVar("retry_key", default="")
+_tenant: ContextVar[str] = ContextVar("tenant", default=NOBODY)
+"""All of the call that is being served: each is a task of its own."""
 
 
 def _metadata(context: grpc.aio.ServicerContext[bytes, Message], name: str) -> str:
@@ -220,12 +271,12 @@ def _serialise(message: Message) -> bytes:
     return bytes(message.SerializeToString())
 
 
-class ApiKeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # no types
-    """Lets calls through that bring `authorization: Bearer KEY`, and health checks, which probes
-    make without."""
+class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # no types
+    """Lets calls through that bring `authorization: Bearer KEY`, and notes their tenant; and health
+    checks, which probes make without. Reflection needs a key as all else does."""
 
-    def __init__(self, api_key: str) -> None:
-        self._expected = f"Bearer {api_key}".encode()
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
 
     async def intercept_service(
         self,
@@ -246,11 +297,14 @@ class ApiKeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # no
     def _admits(self, call: grpc.HandlerCallDetails) -> bool:
         if call.method.startswith(f"/{HEALTH.full_name}/") or call.method.endswith("/HealthCheck"):
             return True
-        return any(
-            hmac.compare_digest(value.encode() if isinstance(value, str) else value, self._expected)
-            for key, value in call.invocation_metadata
-            if key == "authorization"
-        )
+        for key, value in call.invocation_metadata:
+            if key == "authorization":
+                given = value.encode() if isinstance(value, str) else value
+                tenant = self._keys.tenant_of(given)
+                if tenant is not None:
+                    _tenant.set(tenant)
+                    return True
+        return False
 
 
 async def _refuse(_request: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
@@ -284,25 +338,29 @@ class EngineService:
     ) -> AsyncIterator[pb.GenerateResponse]:
         self._last_receive_s = time.time()
         _check_served(request, warned=self._warned)
-        stream = await self._llm.submit(
+        request_id = request.request_id or uuid.uuid4().hex
+        caller.current().request_id = request_id
+        stream = await TenantLLM(self._llm, _tenant.get()).submit(
             _prompt(request),
             sampling_params(request.sampling_params),
-            request_id=request.request_id or None,
+            request_id=request_id,
             num_draft_tokens=request.num_draft_tokens
             if request.HasField("num_draft_tokens")
             else None,
             priority=request.priority,
             cache_salt=request.cache_salt,
             session_id=_session_id.get(),
+            retry_key=request.request_id or _retry_key.get() or None,
         )
         async with stream:
-            writer = _Writer(stream, stream_chunks=request.stream)
+            writer = _Writer(stream, request_id, stream_chunks=request.stream)
             async for output in stream:
                 for message in writer.messages(output):
                     yield message
 
     async def Abort(self, request: pb.AbortRequest) -> pb.AbortResponse:  # noqa: N802
-        unknown = [name for name in request.request_ids if not self._llm.abort(name)]
+        llm = TenantLLM(self._llm, _tenant.get())
+        unknown = [name for name in request.request_ids if not llm.abort(name)]
         if unknown:
             raise Refusal(
                 grpc.StatusCode.NOT_FOUND, f"no such request is running: {', '.join(unknown):.500}"
@@ -545,10 +603,10 @@ def _as_written(value: float) -> float:
 class _Writer:
     """Turns the outputs of one stream into messages."""
 
-    def __init__(self, stream: RequestStream, *, stream_chunks: bool) -> None:
+    def __init__(self, stream: RequestStream, request_id: str, *, stream_chunks: bool) -> None:
         self._stream_chunks = stream_chunks
         self._whole = empty_output(stream.job)
-        self._request_id = stream.job.request_id
+        self._request_id = request_id
         self._params = stream.job.params
 
     def messages(self, output: RequestOutput) -> list[pb.GenerateResponse]:

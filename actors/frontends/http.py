@@ -1,6 +1,6 @@
 """The HTTP front: OpenAI's routes and vLLM's, on one `AsyncLLM`.
 
-    request ──> Gate: key, request id ──> route ──> decode_body ──> AsyncLLM.submit
+    request ──> Gate: key, tenant, request id ──> route ──> decode_body ──> TenantLLM.submit
     response <── JSON, or one write per step of the engine as server-sent events <── RequestStream
 
 A client that goes away is noticed by its connection, whatever is being waited for; its requests are
@@ -13,7 +13,6 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import hmac
 import importlib.metadata
 import logging
 import math
@@ -34,7 +33,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from paceline.actors.fleet import EngineInfo, FleetError, UnknownEngineError
+from paceline.actors.engine_set import EngineInfo, FleetError, UnknownEngineError
+from paceline.actors.frontends.auth import ADMIN, Keys, load_keys
+from paceline.actors.frontends.bounds import MAX_HEAD_BYTES, BoundedProtocol
 from paceline.actors.frontends.openai import (
     DONE,
     ApiError,
@@ -57,26 +58,38 @@ from paceline.actors.frontends.openai import (
     speculation,
     usage,
 )
+from paceline.actors.frontends.tenants import NOBODY, TenantLLM
+from paceline.runtime import caller
 from paceline.runtime.async_llm import AsyncLLM, RequestStream
 from paceline.runtime.chat import ChatTemplate
 from paceline.runtime.config import EngineConfig, ServerConfig
 from paceline.runtime.errors import ConfigError, EngineError, PromptError
+from paceline.runtime.logs import log_refusal
 from paceline.runtime.outputs import CompletionOutput, RequestOutput, empty_output
 from paceline.runtime.preflight import Facts
 from paceline.runtime.requests import Prompt
+from paceline.runtime.tls import TlsFiles
 from paceline.runtime.types import EngineRole, EngineStatus, RequestMetrics, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * 2**20
+BODY_TIMEOUT_S = 60.0
+"""How long a body may take to come."""
 BACKLOG = 2048
 MAX_PROMPTS = 256
 """Prompts of one body."""
 HEALTH_TIMEOUT_S = 5.0
+TRACE_HEADERS = (b"traceparent", b"tracestate")
 LARGE_BODY_BYTES = 64 * 2**10
 """Larger chats and texts are rendered and tokenised beside the event loop."""
-OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics", "/version", "/load"})
-"""What needs no key."""
+OPEN_PATHS = frozenset(
+    {"/", "/health", "/live", "/ready", "/ping", "/metrics", "/version", "/load"}
+)
+"""What needs no key: those who ask these, probes, scrapers and balancers, have none to send, and learn nothing of
+anybody's texts. The page at / asks for the key itself."""
+TLS_REFRESH_S = 30.0
+"""How often it is looked whether the certificate was replaced."""
 BODIES = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, EngineBody)
 
 Exposition = Callable[[str], tuple[bytes, str]]
@@ -118,7 +131,7 @@ def make_app(
 ) -> ASGIApp:
     """The ASGI application. `exposition` says what /metrics answers, `fleet` are the engines that
     serve together, where several may. Raises ConfigError or ModelError for a chat template that cannot
-    be read."""
+    be read, or keys that cannot be used."""
     api = _Api(llm, facts, config, server, exposition, fleet)
     app = FastAPI(title="Paceline", version=version(), docs_url=None, redoc_url=None)
     for method, path, endpoint, body, summary in api.routes():
@@ -133,19 +146,33 @@ def make_app(
         )
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    return Gate(app, api_key=server.api_key)
+    return Gate(app, keys=load_keys(server))
 
 
 class HttpServer:
     """An application on a socket."""
 
-    def __init__(self, server: uvicorn.Server, listener: socket.socket) -> None:
+    def __init__(
+        self, server: uvicorn.Server, listener: socket.socket, tls: TlsFiles | None
+    ) -> None:
         self.port: int = listener.getsockname()[1]
         self._server = server
-        self._task = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
+        self._task = asyncio.create_task(server.serve(sockets=[listener]))
+        self._refreshing = None if tls is None else asyncio.create_task(self._refresh(tls))
+
+    async def _refresh(self, tls: TlsFiles) -> None:
+        """Serve the certificate that is there, whoever replaces it."""
+        watched, context = tls.watched(), self._server.config.ssl
+        assert context is not None, "expected a server with TLS"
+        while True:
+            await asyncio.sleep(TLS_REFRESH_S)
+            if watched.changed():
+                tls.reload(context)
 
     async def stop(self, grace_s: float) -> None:
         """Close idle connections at once, busy ones after `grace_s`."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
         self._server.should_exit = True
         done, _ = await asyncio.wait({self._task}, timeout=grace_s)
         if not done:
@@ -182,9 +209,13 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     )
 
 
-async def start(app: ASGIApp, listener: socket.socket) -> HttpServer:
+async def start(
+    app: ASGIApp, listener: socket.socket, *, tls: TlsFiles | None = None
+) -> HttpServer:
     """Serve an application on a bound socket. Signals are the caller's business. Raises ConfigError
-    where somebody else listens there by now."""
+    where somebody else listens there by now, or for TLS that cannot work."""
+    if tls is not None:
+        tls.check()
     try:
         listener.listen(BACKLOG)
     except OSError as error:
@@ -192,7 +223,7 @@ async def start(app: ASGIApp, listener: socket.socket) -> HttpServer:
         raise _cannot_listen(host, port, error) from None
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="off",
         access_log=False,
@@ -200,8 +231,13 @@ async def start(app: ASGIApp, listener: socket.socket) -> HttpServer:
         log_level="warning",
         server_header=False,
         timeout_keep_alive=65,
+        ssl_certfile=None if tls is None else tls.certfile,
+        ssl_keyfile=None if tls is None else tls.keyfile,
+        ssl_ca_certs=None if tls is None else tls.ca_certs,
+        ssl_cert_reqs=0 if tls is None else tls.client_certs,
     )
-    server = HttpServer(_Server(config), listener)
+    config.load()
+    server = HttpServer(_Server(config), listener, tls)
     while not server._server.started and not server._task.done():
         await asyncio.sleep(0.005)
     if server._task.done():
@@ -218,9 +254,9 @@ class _Server(uvicorn.Server):
 class Gate:
     """Before every route: who asks, and under which request id. Every response carries that id."""
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys | None) -> None:
         self._app = app
-        self._key = None if api_key is None else api_key.encode()
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -231,26 +267,46 @@ class Gate:
         named = re.fullmatch(r"[\x21-\x7e]{1,200}", given) is not None
         scope["request_id_given"] = named
         scope["request_id"] = given if named else uuid.uuid4().hex
+        trace = (headers.get(name, b"").decode("latin-1") for name in TRACE_HEADERS)
+        caller.enter(scope["request_id"], *trace)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
+                log_refusal(scope, message["status"])
                 request_id = scope["request_id"].encode()
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
-        if not self._allowed(scope["path"], headers.get(b"authorization", b"")):
-            response = _error_response(
-                ApiError(401, "a valid API key is needed as a bearer token", code="invalid_api_key")
-            )
-            await response(scope, receive, send_with_id)
+        try:
+            scope["tenant"] = self._admit(scope, headers)
+        except ApiError as refusal:
+            await _error_response(refusal)(scope, receive, send_with_id)
             return
         await self._app(scope, receive, send_with_id)
 
-    def _allowed(self, path: str, authorization: bytes) -> bool:
-        if self._key is None or path in OPEN_PATHS:
-            return True
-        scheme, _, token = authorization.partition(b" ")
-        return hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer"
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
+        """Whose request it is. Raises ApiError for one that is nobody's, or must not be answered."""
+        parts = (
+            scope["path"].encode(),
+            scope["query_string"],
+            *(b for h in scope["headers"] for b in h),
+        )
+        if sum(map(len, parts)) > MAX_HEAD_BYTES:
+            raise ApiError(431, f"path and headers may have {MAX_HEAD_BYTES} bytes")
+        if headers.get(b"sec-fetch-site") == b"cross-site" and scope["method"] != "GET":
+            # a server on a developer's own machine needs no key, and any page may post there
+            raise ApiError(403, "pages of other sites may not ask this server", code="cross_site")
+        if self._keys is None or scope["path"] in OPEN_PATHS:
+            return NOBODY
+        tenant = self._keys.tenant_of(headers.get(b"authorization", b""))
+        if tenant is None:
+            message = "a valid API key is needed as a bearer token"
+            raise ApiError(401, message, code="invalid_api_key")
+        changes_engines = scope["path"].startswith("/engines") and scope["method"] != "GET"
+        if changes_engines and not self._keys.is_admin(tenant):
+            message = f"only keys of the tenant {ADMIN} may change engines"
+            raise ApiError(403, message, code="admin_needed")
+        return tenant
 
 
 @dataclass(slots=True, kw_only=True)
@@ -315,7 +371,15 @@ class _Api:
             ("POST", "/tokenize", self.tokenize, TokenizeBody, "Token ids of a text or a chat."),
             ("POST", "/detokenize", self.detokenize, DetokenizeBody, "The text of token ids."),
             ("GET", "/health", self.health, None, "200 while tokens can be generated."),
-            ("GET", "/ping", self.health, None, "The same."),
+            (
+                "GET",
+                "/live",
+                self.live,
+                None,
+                "200 while tokens come, or engines that do come back.",
+            ),
+            ("GET", "/ready", self.ready, None, "200 while new requests would be served."),
+            ("GET", "/ping", self.health, None, "The same as /health."),
             ("POST", "/ping", self.health, None, "The same."),
             ("GET", "/metrics", self.metrics, None, "Prometheus' exposition."),
             ("GET", "/version", self.version, None, "Paceline's version."),
@@ -429,6 +493,29 @@ class _Api:
             reason = self._llm.lost or f"no token came within {HEALTH_TIMEOUT_S:g} s"
             raise ApiError(503, f"the engine is not well: {reason}", code="engine_unavailable")
         return Response(status_code=200)
+
+    async def live(self, request: Request) -> Response:  # noqa: ARG002
+        """Whether there is a point in this process going on: for those who would end it if not."""
+        llm = self._llm
+        if llm.draining or await llm.check_health(timeout_s=HEALTH_TIMEOUT_S):
+            return Response(status_code=200)
+        if llm.lost is None and not self._serving():
+            return _json({"status": "engines are being started"})
+        raise ApiError(503, "no token comes", code="engine_unavailable")
+
+    async def ready(self, request: Request) -> Response:  # noqa: ARG002
+        """Whether new requests shall come here."""
+        if self._llm.draining:
+            raise ApiError(503, "the server is shutting down", code="engine_unavailable")
+        if self._llm.lost is not None or not self._serving():
+            raise ApiError(503, "no engine serves", code="engine_unavailable", retry_after_s=1.0)
+        return Response(status_code=200)
+
+    def _serving(self) -> bool:
+        """Whether some engine writes texts and has all of its ranks."""
+        status = self._llm.status()
+        engines = status.members if self._fleet is not None else (status,)
+        return any(not each.restarting and each.role != "prefill" for each in engines)
 
     async def metrics(self, request: Request) -> Response:
         if self._exposition is None:
@@ -549,11 +636,13 @@ class _Api:
         form: Format,
     ) -> _Call:
         """Admit all prompts of a body, or none."""
-        name = self._request_id(request, body, form)
+        llm = TenantLLM(self._llm, request.scope["tenant"])
+        name = self._request_id(request, body, form, llm)
+        retry_key = body.request_id or request.headers.get("idempotency-key")
         streams: list[RequestStream] = []
         try:
             for i, prompt in enumerate(prompts):
-                stream = await self._llm.submit(
+                stream = await llm.submit(
                     prompt,
                     params,
                     request_id=name if len(prompts) == 1 else f"{name}-{i}",
@@ -561,6 +650,7 @@ class _Api:
                     priority=body.priority,
                     cache_salt=body.cache_salt,
                     session_id=_session_id(request, body),
+                    retry_key=None if retry_key is None else f"{retry_key}-{i}",
                 )
                 streams.append(stream)
         except BaseException:
@@ -577,17 +667,19 @@ class _Api:
             num_texts=params.n,
         )
 
-    def _request_id(self, request: Request, body: CompletionBody | ChatBody, form: Format) -> str:
+    def _request_id(
+        self, request: Request, body: CompletionBody | ChatBody, form: Format, llm: TenantLLM
+    ) -> str:
         """The body's, which must be free, or the header's. Several requests of one trace may share a
         header, so one that is in use is only taken as a beginning."""
         if body.request_id is not None:
             if not re.fullmatch(r"[\x21-\x7e]{1,200}", body.request_id):
                 message = "request_id must be 1 to 200 visible ASCII characters"
                 raise ApiError(400, message, param="request_id")
-            request.scope["request_id"] = body.request_id
+            request.scope["request_id"] = caller.current().request_id = body.request_id
             return form.id_prefix + body.request_id
         name: str = form.id_prefix + request.scope["request_id"]
-        return f"{name}-{uuid.uuid4().hex[:8]}" if self._llm.knows(name) else name
+        return f"{name}-{uuid.uuid4().hex[:8]}" if llm.knows(name) else name
 
     async def _answer(self, request: Request, call: _Call) -> Response:
         if call.body.stream:
@@ -860,16 +952,20 @@ def _session_id(request: Request, body: CompletionBody | ChatBody) -> str:
 
 
 async def _read_body(request: Request) -> bytes:
-    """The body, within the limit. Raises ApiError beyond it."""
+    """The body, within its limits. Raises ApiError beyond them."""
     error = ApiError(413, f"the body may have {MAX_BODY_BYTES} bytes", code="body_too_large")
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > MAX_BODY_BYTES:
         raise error
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise error
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise error
+    except TimeoutError:
+        raise ApiError(408, f"the body may take {BODY_TIMEOUT_S:g} s to come") from None
     return bytes(body)
 
 

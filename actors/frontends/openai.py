@@ -35,6 +35,8 @@ from paceline.runtime.types import (
 
 FLOOR = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
+MAX_DEPTH = 100
+"""Of lists and objects in a body. Whatever works on one by recursion has room for that."""
 
 
 class ApiError(Exception):
@@ -58,7 +60,8 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """In OpenAI's shape."""
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         message = str(self)
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
@@ -260,7 +263,9 @@ def decode_body(raw: bytes, kind: type[Body]) -> Body:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
     except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
+        raise _too_deep() from None
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _depth(values) > MAX_DEPTH:
+        raise _too_deep()
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object")
     fields = kind.__struct_fields__
@@ -276,8 +281,20 @@ def decode_body(raw: bytes, kind: type[Body]) -> Body:
     except msgspec.ValidationError as error:
         message = readable(str(error))
         raise ApiError(400, message, param=_param(message)) from None
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
+
+
+def _too_deep() -> ApiError:
+    return ApiError(400, f"the body is nested too deeply: more than {MAX_DEPTH} levels")
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects lie in each other; without recursion."""
+    depth, level = 0, [value]
+    while level:
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for many in inside for each in many if isinstance(each, dict | list)]
+        depth += 1
+    return depth
 
 
 def _check_biases(biases: Any) -> None:

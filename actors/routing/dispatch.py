@@ -15,6 +15,7 @@ import logging
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -27,6 +28,7 @@ from paceline.runtime.errors import EngineError
 from paceline.runtime.types import (
     EngineStatus,
     FinishReason,
+    Hop,
     KvFetch,
     KvProduce,
     Request,
@@ -41,8 +43,12 @@ class _Routed:
     """A request that has not ended."""
 
     request: Request
+    asked_s: float
+    """When it came, or last lost its engine."""
     token_ids: list[int] = field(default_factory=list)
     """Passed on so far: the journal."""
+    hops: list[Hop] = field(default_factory=list)
+    """Where it has been, and is."""
     name: str = ""
     """What engines call it now."""
     num_placed: int = 0
@@ -67,6 +73,10 @@ class _Routed:
         written = (*self.request.output_token_ids, *self.token_ids)
         return msgspec.structs.replace(self.request, output_token_ids=written)
 
+    def note(self, **more: Any) -> None:
+        """Add to what is known of where it is."""
+        self.hops[-1] = msgspec.structs.replace(self.hops[-1], **more)
+
 
 class Dispatcher:
     """Not for several threads. Calls `submit` and `abort` of its members' clients, nothing else."""
@@ -80,6 +90,8 @@ class Dispatcher:
         uses_prefixes: bool,
         transfer: KvTransferConfig,
         patience_s: float,
+        resume_s: float = 600.0,
+        tag: str = "",
         clock: Callable[[], float],
     ) -> None:
         """Unless it `uses_prefixes`, nothing is believed to be cached."""
@@ -92,7 +104,8 @@ class Dispatcher:
         self._index = index
         self._uses_prefixes = uses_prefixes and policy.uses_prefixes
         self._transfer = transfer
-        self._patience_s = patience_s
+        self._patience_s, self._resume_s = patience_s, resume_s
+        self._tag = tag
         self._clock = clock
         self._routed: dict[str, _Routed] = {}
         self._by_name: dict[str, _Routed] = {}
@@ -162,7 +175,8 @@ class Dispatcher:
                 error = f"request id {request.request_id} is in use"
                 self._deltas.append(_ended(request.request_id, "error", error))
                 continue
-            routed = self._routed[request.request_id] = _Routed(request=request)
+            routed = _Routed(request=request, asked_s=self._clock())
+            self._routed[request.request_id] = routed
             new.append(routed)
         self._place(new)
 
@@ -191,7 +205,8 @@ class Dispatcher:
         now_s = self._clock()
         for routed in list(self._waiting.values()):
             if routed.patience_ends_s is not None and now_s >= routed.patience_ends_s:
-                why = f"waited {self._patience_s:.0f} s for an engine that takes requests"
+                waited_s = self._resume_s if routed.num_placed else self._patience_s
+                why = f"waited {waited_s:.0f} s for an engine that takes requests"
                 self._end_here(routed, "error", why)
         deltas, self._deltas = self._deltas, []
         return deltas
@@ -252,17 +267,19 @@ class Dispatcher:
         metrics = delta.metrics
         if delta.finish_reason is not None:
             self._learn(routed, writer, delta)
+            routed.note(metrics=metrics)
             if metrics is not None:
                 num_tokens = len(routed.request.output_token_ids) + len(routed.token_ids)
                 metrics = msgspec.structs.replace(metrics, num_tokens=num_tokens)
             self._displace(routed)
             del self._routed[routed.request.request_id]
-        elif routed.num_placed == 1:
+        elif routed.name == delta.request_id == routed.request.request_id:
             return delta
         return msgspec.structs.replace(
             delta,
             request_id=routed.request.request_id,
             metrics=metrics,
+            hops=() if delta.finish_reason is None else tuple(routed.hops),
             num_cached_tokens=0 if told_first else delta.num_cached_tokens,
             prompt_logprobs=() if told_first else delta.prompt_logprobs,
         )
@@ -270,6 +287,7 @@ class Dispatcher:
     def _on_started(self, routed: _Routed, writer: MemberState, *, now_s: float) -> None:
         """Its first token from this writer, which has all of the prompt now."""
         routed.started = True
+        routed.note(first_token_s=now_s)
         writer.num_started += 1
         writer.on_read(routed.name)
         reader = routed.reader
@@ -286,6 +304,7 @@ class Dispatcher:
         """The reader is done with a prompt, well or not: its writer hears of it by itself."""
         reader.on_read(routed.name)
         routed.read_s = now_s
+        routed.note(read_s=now_s, read=delta.metrics)
         if _is_telling(routed, delta):
             reader.costs.on_prefill(delta)
         if routed.started:
@@ -305,12 +324,13 @@ class Dispatcher:
         batches: dict[str, list[Request]] = {}
         sent: list[tuple[Placement, dict[int, Chain]]] = []
         sizes = {state.status.block_size for state in self.roster.members.values()} - {0}
+        uses_prefixes = self._uses_prefixes and len(self.roster.members) > 1
         for routed in many:
             if routed.aborted:
                 self._end_here(routed, "abort")
                 continue
             whole = routed.whole()
-            chains = chains_of(whole, block_sizes=sizes) if self._uses_prefixes else {}
+            chains = chains_of(whole, block_sizes=sizes) if uses_prefixes else {}
             now_s, is_new = self._clock(), routed.num_placed == 0
             ask = Ask(
                 request=whole,
@@ -343,10 +363,19 @@ class Dispatcher:
         """Note where a request goes; what each engine is asked for, the reader first."""
         writer, reader = placement
         request_id = routed.request.request_id
-        routed.name = f"{request_id}#{routed.num_placed}" if routed.num_placed else request_id
+        again = routed.num_placed or self._tag
+        routed.name = f"{request_id}#{self._tag}{routed.num_placed}" if again else request_id
+        if routed.num_placed:
+            logger.info(
+                "a request goes on at %s after %d tokens",
+                writer.engine_id,
+                len(routed.token_ids),
+                extra={"request_id": request_id},
+            )
         routed.num_placed += 1
         routed.writer, routed.reader, routed.patience_ends_s = writer, reader, None
         self._by_name[routed.name] = routed
+        routed.hops.append(self._hop(routed, placement, ask))
         writer.writing.add(routed.name)
         self.roster.on_sent(ask, writer, name=routed.name, reads=reader is None, writes=True)
         request = msgspec.structs.replace(ask.request, request_id=routed.name)
@@ -365,6 +394,19 @@ class Dispatcher:
         )
         return [(reader, copy), (writer, msgspec.structs.replace(request, fetch=fetch))]
 
+    def _hop(self, routed: _Routed, placement: Placement, ask: Ask) -> Hop:
+        """Where a request goes now."""
+        writer, reader = placement
+        return Hop(
+            engine_id=writer.engine_id,
+            reader_id="" if reader is None else reader.engine_id,
+            policy=self._policy.name,
+            asked_s=routed.asked_s,
+            chosen_s=ask.now_s,
+            num_cached_tokens=ask.cached.get(writer.engine_id, 0),
+            num_moved_tokens=0 if reader is None else ask.unread(writer.engine_id),
+        )
+
     def _transfer_of(
         self, request: Request, reader: MemberState, writer: MemberState
     ) -> tuple[KvProduce, KvFetch]:
@@ -376,7 +418,12 @@ class Dispatcher:
             and (config.draft_kv == "transfer" or self.roster.draft_travels(reader, writer))
         )
         return (
-            KvProduce(transfer_id=transfer_id, lease_s=config.lease_s, read_draft=draft),
+            KvProduce(
+                transfer_id=transfer_id,
+                lease_s=config.lease_s,
+                read_draft=draft,
+                consumer_id=writer.engine_id,
+            ),
             KvFetch(
                 transfer_id=transfer_id,
                 addresses=reader.status.links.addresses,
@@ -389,7 +436,8 @@ class Dispatcher:
 
     def _let_wait(self, routed: _Routed) -> None:
         if routed.patience_ends_s is None:
-            routed.patience_ends_s = self._clock() + self._patience_s
+            waits_s = self._resume_s if routed.num_placed else self._patience_s
+            routed.patience_ends_s = self._clock() + waits_s
         self._waiting[routed.request.request_id] = routed
 
     def _displace(self, routed: _Routed) -> None:
@@ -398,6 +446,8 @@ class Dispatcher:
         if writer is None:
             return
         self._leave_reader(routed)
+        routed.asked_s = self._clock()
+        routed.note(ended_s=routed.asked_s)
         writer.writing.discard(routed.name)
         writer.num_started -= routed.started
         writer.on_read(routed.name)
@@ -419,7 +469,8 @@ class Dispatcher:
         request_id = routed.request.request_id
         self._waiting.pop(request_id, None)
         del self._routed[request_id]
-        self._deltas.append(_ended(request_id, reason, error))
+        ended = _ended(request_id, reason, error)
+        self._deltas.append(msgspec.structs.replace(ended, hops=tuple(routed.hops)))
 
 
 def _is_telling(routed: _Routed, delta: TokenDelta) -> bool:

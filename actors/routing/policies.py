@@ -39,6 +39,10 @@ class RoutingPolicy(Protocol):
     """One answer. Mutates nothing but the policy's own memory of what it answered."""
 
     @property
+    def name(self) -> PolicyName:
+        """As `--routing-policy` has it."""
+
+    @property
     def uses_prefixes(self) -> bool:
         """Whether `Ask.cached` is looked at."""
 
@@ -79,6 +83,7 @@ class ByCost:
     uses_prefixes = True
 
     def __init__(self, *, remote: Literal["if cheaper", "always", "never"]) -> None:
+        self.name: PolicyName = _BY_REMOTE[remote]
         self._remote = remote
         self._sessions = Sessions()
         self._num_local = 0
@@ -145,6 +150,7 @@ class RoundRobin:
     """Writers by turns, and readers by turns."""
 
     uses_prefixes = False
+    name: PolicyName = "round_robin"
 
     def __init__(self) -> None:
         self._writes, self._reads = itertools.count(), itertools.count()
@@ -160,6 +166,11 @@ class RoundRobin:
         return Placement(writer, readers[next(self._reads) % len(readers)])
 
 
+_BY_REMOTE: dict[str, PolicyName] = {
+    "if cheaper": "conditional",
+    "always": "always",
+    "never": "local",
+}
 POLICIES: dict[PolicyName, Callable[[], RoutingPolicy]] = {
     "conditional": lambda: ByCost(remote="if cheaper"),
     "always": lambda: ByCost(remote="always"),

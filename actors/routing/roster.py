@@ -297,6 +297,7 @@ _SO_FAR = (
     "num_drafts",
     "drafted",
     "accepted",
+    "num_restarts",
 )
 """Numbers that only grow."""
 _TRANSFERS_NOW = ("producing", "fetching")

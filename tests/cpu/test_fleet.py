@@ -19,16 +19,15 @@ from benchmarks.prompts import held_out
 from tests.doors import Doors, eventually
 from tests.engines import REPLY, FakeEngine, Reply, endless, fake_facts, ids_of, serving
 
-from paceline.actors.app import Node, least_used
-from paceline.actors.fleet import (
+from paceline.actors.engine_set import (
     EngineInfo,
-    Fleet,
     FleetError,
     UnknownEngineError,
     engine_config,
     first_roles,
     is_fleet,
 )
+from paceline.actors.fleet import Fleet
 from paceline.actors.fleet import open_fleet as open_fleet_of
 from paceline.proto import inference_pb2 as pb
 from paceline.runtime.config import (
@@ -302,7 +301,7 @@ def test_an_engine_that_is_added_serves_and_one_that_is_removed_finishes_what_it
 ) -> None:
     fleet = open_fleet(polled=False)
     assert fleet.add_engine("decode") == "decode-1"
-    assert eventually(lambda: states(fleet)["decode-1"] == "serving")
+    assert eventually(lambda: len(fleet.status().members) == 3)
     fleet.submit([request(str(number), max_tokens=40) for number in range(8)])
     busy = starts.engines["decode-0"]
     assert busy.submitted
@@ -310,6 +309,7 @@ def test_an_engine_that_is_added_serves_and_one_that_is_removed_finishes_what_it
     fleet.remove_engine("decode-0")
     fleet.remove_engine("decode-0")
     assert states(fleet)["decode-0"] == "draining"
+    assert eventually(lambda: fleet._router._members["decode-0"].draining)
     fleet.submit([request("late")])
     deltas = read(fleet, until=9)
     assert not [delta for delta in deltas if delta.finish_reason not in (None, "length")]
@@ -401,24 +401,6 @@ def test_without_restarts_the_last_loss_is_the_fleets_own(starts: Starts, facts:
         assert len(starts.configs) == 2
     finally:
         fleet.close()
-
-
-# ------------------------------------------------------------------------------------------------ nodes
-
-
-def test_an_engine_goes_to_the_node_with_the_fewest_others_that_can_hold_it() -> None:
-    small, full, roomy, roomier = (
-        Node("a", "10.0.0.1", 1, 1),
-        Node("b", "10.0.0.2", 4, 0),
-        Node("c", "10.0.0.3", 4, 2),
-        Node("d", "10.0.0.4", 4, 3),
-    )
-    nodes = [small, full, roomy, roomier]
-    assert least_used(nodes, {}, num_ranks=2) == "d"
-    assert least_used(nodes, {"d": 1}, num_ranks=2) == "c"
-    assert least_used(nodes, {"c": 1, "d": 1}, num_ranks=1) == "a"
-    assert least_used([small, full], {}, num_ranks=2) == "b", "it may be free soon"
-    assert least_used(nodes, {}, num_ranks=5) is None, "it takes several nodes"
 
 
 # ----------------------------------------------------------------------------------------------- HTTP
@@ -618,15 +600,19 @@ def alone(facts: Facts, requests: list[Request]) -> Any:
         engine.close()
 
 
-def kill_rank_of(fleet: Fleet, engine_id: str) -> None:
-    """End an engine's rank as if its machine had gone: the process whose child has its KV link."""
+def kill(fleet: Fleet, engine_id: str, *, whole: bool) -> None:
+    """End an engine's rank, the process whose child has its KV link, or the whole engine, that one's
+    parent, as if its machine had gone."""
     (member,) = (each for each in fleet.status().members if each.engine_id == engine_id)
     port = int(member.links.addresses[0].rpartition(":")[2])
     for process in psutil.Process().children(recursive=True):
         if any(c.laddr.port == port and c.status == "LISTEN" for c in process.net_connections()):
-            parent = process.parent()
-            assert parent is not None
-            parent.kill()
+            rank = process.parent()
+            assert rank is not None
+            engine = rank.parent()
+            assert engine is not None
+            assert engine.pid != psutil.Process().pid
+            (engine if whole else rank).kill()
             return
     pytest.fail(f"nobody listens on {port}")
 
@@ -644,24 +630,38 @@ def test_texts_whose_prompts_are_read_elsewhere_are_those_of_one_engine(
     assert now.num_bytes > before.num_bytes
 
 
+def serves(fleet: Fleet) -> bool:
+    """Whether all engines do, with all of their ranks."""
+    restarting = [each.restarting for each in fleet.status().members]
+    return list(states(fleet).values()) == ["serving"] * 2 and restarting == [False] * 2
+
+
 def _fetched(fleet: Fleet) -> int:
     return fleet.status().transfers.fetched
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["rank", "engine"])
 @pytest.mark.parametrize("role", ["decode", "prefill"])
-def test_texts_outlive_their_engine_and_another_takes_its_place(
-    embedded: tuple[Facts, Fleet], role: str
+def test_texts_outlive_a_rank_of_their_engine_and_their_engine(
+    embedded: tuple[Facts, Fleet], role: str, whole: bool
 ) -> None:
     facts, fleet = embedded
     requests = jobs(facts, 90, 200, max_tokens=24)
     (engine_id,) = (each.engine_id for each in fleet.engines() if each.role == role)
-    found = texts(fleet, requests, after=4, then=lambda: kill_rank_of(fleet, engine_id))
+    restarts = fleet.status().num_restarts
+    found = texts(fleet, requests, after=4, then=lambda: kill(fleet, engine_id, whole=whole))
     assert found == alone(facts, requests)
     assert eventually(
-        lambda: fleet.poll(0.1) == [] and list(states(fleet).values()) == ["serving"] * 2,
+        lambda: (
+            fleet.poll(0.1) == [] and serves(fleet) and (engine_id not in states(fleet)) == whole
+        ),
         within_s=60,
     )
-    assert engine_id not in states(fleet)
+    if not whole:
+        assert eventually(
+            lambda: fleet.poll(0.1) == [] and fleet.status().num_restarts == restarts + 1,
+            within_s=60,
+        )
     before = _fetched(fleet)
     again = jobs(facts, 70, max_tokens=4)
     assert texts(fleet, again) == alone(facts, again)

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from paceline.actors.commands import serve
+from paceline.actors.throughput import throughput
 from paceline.runtime.types import EngineStatus, TransferTotals
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ import sys, tempfile, threading
 from pathlib import Path
 from paceline.actors import cli
 from paceline.actors.commands import serve
-from tests.engines import FakeEngine, fake_facts
+from tests.engines import FakeEngine, LinkedFake, fake_facts
 
 engines = []
 lose = "--lose" in sys.argv
@@ -37,17 +37,16 @@ def connect(config, facts, **how):
     engine = FakeEngine(step_s=0.03)
     engines.append(engine)
     if lose and engine is engines[0]:
-        threading.Timer(1.0, engine.fail, ["rank 0 died"]).start()
-    return engine
+        threading.Timer(4.0, engine.fail, ["rank 0 died"]).start()
+    return LinkedFake(engine)
 
 if lose:
     sys.argv.remove("--lose")
-if "mp" in sys.argv:
-    from paceline.runtime import local
-    local.connect = connect
+from paceline.runtime import local
+local.connect = connect
+sys.argv += ["--distributed-executor-backend", "mp"]
 facts = fake_facts(Path(tempfile.mkdtemp()))
 serve.examine = lambda config: facts
-serve._connect = connect
 code = cli.main(["serve", *sys.argv[1:]])
 assert all(each.closed for each in engines), "every engine must be closed"
 sys.exit(code)
@@ -133,7 +132,7 @@ def test_what_outlasts_the_timeout_is_aborted(start: Start) -> None:
 
 
 def test_a_lost_engine_ends_it_with_1_and_a_line(start: Start) -> None:
-    process = start("--port", "0", "--lose")
+    process = start("--port", "0", "--lose", "--no-restart-engines")
     url_of(process)
     _, err = process.communicate(timeout=SOON_S)
     assert process.returncode == 1
@@ -170,9 +169,9 @@ def test_what_moved_between_engines_is_in_the_log_line_where_anything_did() -> N
     before, quiet = EngineStatus(), EngineStatus(num_blocks=2, num_free_blocks=1)
     moved = TransferTotals(fetched=4, num_bytes=12_500_000, unoverlapped_s=0.02, failed=1)
     busy = EngineStatus(num_blocks=2, num_free_blocks=1, transfers=moved)
-    line = serve._stats(before, quiet, 10.0)
+    line = throughput(before, quiet, 10.0)
     assert line.endswith("KV 50% used")
-    assert serve._stats(before, busy, 10.0) == (
+    assert throughput(before, busy, 10.0) == (
         f"{line}; 4 prompts fetched, 12.5 MB, 5 ms of each not overlapped; 1 fetches failed"
     )
 

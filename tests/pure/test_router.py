@@ -219,7 +219,7 @@ def test_requests_wait_for_an_engine_that_is_started_anew() -> None:
 
 def test_patience_ends_with_an_error() -> None:
     world, told = World(), Told()
-    router, engines = fleet(world, "both", on_lost=ignore, patience_s=7.0)
+    router, engines = fleet(world, "both", on_lost=ignore, resume_s=7.0)
     router.submit([make_request("a")])
     engines[0].die()
     assert router.poll(0.0) == []
