@@ -4,9 +4,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 READY := $(VENV)/.ready
-BENCHES := speculation layer_parallel startup scheduler serve kv kv_faults disaggregation
+BENCHES := speculation layer_parallel startup scheduler serve kv kv_faults disaggregation overload soak
 
-.PHONY: setup demo test check bench proto clean
+.PHONY: setup demo test check audit bench proto clean
 
 setup: $(READY)
 
@@ -28,6 +28,10 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+# within a minute; where no vulnerability service can be reached it says so and passes
+audit: setup
+	$(PY) .ci/audit.py
 
 check: setup
 	$(VENV)/bin/ruff format --check .

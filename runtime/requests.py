@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING, TypedDict
 
 import msgspec
@@ -92,12 +93,14 @@ class RequestFactory:
         priority: int = 0,
         cache_salt: str = "",
         session_id: str = "",
+        retry_key: str | None = None,
     ) -> Job:
         """A checked job. Raises PromptError, one line that names the parameter, for what cannot be
         served.
 
         Requests without a seed get the engine's plus a running number, so that a program that is
-        run again gets the same texts. Requests of one `session_id` go to one engine where several
+        run again gets the same texts; those that name a `retry_key` get one that is a function of it,
+        so that whoever asks again gets the same text. Requests of one `session_id` go to one engine where several
         serve. Whether `request_id` is in use is for the caller to know.
         """
         self._check(params, request_id, num_draft_tokens, priority)
@@ -109,6 +112,8 @@ class RequestFactory:
         with self._lock:
             numbers = [next(self._numbers) for _ in range(params.n)]
         first_seed = self._config.seed + numbers[0] if params.seed is None else params.seed
+        if retry_key is not None and params.seed is None:
+            first_seed = int.from_bytes(blake2b(retry_key.encode(), digest_size=6).digest())
         request_id = f"request-{numbers[0]}" if request_id is None else request_id
         each = msgspec.structs.replace(params, n=1, max_tokens=max_tokens)
         requests = tuple(

@@ -17,6 +17,7 @@ from paceline.actors.frontends import grpc as grpc_door
 from paceline.actors.frontends import http as http_door
 from paceline.runtime.async_llm import AsyncLLM
 from paceline.runtime.config import EngineConfig, ServerConfig
+from paceline.runtime.tls import server_tls
 
 T = TypeVar("T")
 
@@ -34,7 +35,9 @@ class Doors:
         *,
         key: str | None = None,
         http: bool = True,
+        **server: Any,
     ) -> None:
+        """`server` are settings of it."""
         self.engine = engine
         self.facts = fake_facts(folder)
         self._loop = asyncio.new_event_loop()
@@ -43,7 +46,9 @@ class Doors:
         self.llm: AsyncLLM
         self.grpc: grpc_door.GrpcServer
         self.http: http_door.HttpServer | None = None
-        self.do(self._start(config, ServerConfig(grpc_port=0, api_key=key), http))
+        server_config = ServerConfig(grpc_port=0, api_key=key, **server)
+        self._tls = server_tls(server_config)
+        self.do(self._start(config, server_config, http))
 
     async def _start(self, config: EngineConfig, server_config: ServerConfig, http: bool) -> None:
         self.llm = AsyncLLM(self.engine, self.facts, config)
@@ -53,16 +58,16 @@ class Doors:
             app = http_door.make_app(self.llm, self.facts, config, server_config)
             listener = socket.create_server((server_config.host, 0))
             listener.setblocking(False)
-            self.http = await http_door.start(app, listener)
+            self.http = await http_door.start(app, listener, tls=self._tls)
 
     @property
     def grpc_url(self) -> str:
-        return f"grpc://127.0.0.1:{self.grpc.port}"
+        return f"grpc{'' if self._tls is None else 's'}://127.0.0.1:{self.grpc.port}"
 
     @property
     def http_url(self) -> str:
         assert self.http is not None, "expected the HTTP door to be open"
-        return f"http://127.0.0.1:{self.http.port}"
+        return f"http{'' if self._tls is None else 's'}://127.0.0.1:{self.http.port}"
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         """Run something on the server's loop."""

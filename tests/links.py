@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline.runtime.config import KvTransferConfig
+from paceline.runtime.tls import TlsFiles
 from paceline.runtime.transfer.board import Board
 from paceline.runtime.transfer.consumer import Consumer
 from paceline.runtime.transfer.layout import (
@@ -87,13 +88,23 @@ class Rank:
         self.wakeup_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.place = self.pools["target"].place
 
-    def spec(self, *, rank: int, num_ranks: int, control: str, **config: Any) -> LinkSpec:
+    def spec(
+        self,
+        *,
+        rank: int,
+        num_ranks: int,
+        control: str,
+        host: str = "127.0.0.1",
+        tls: TlsFiles | None = None,
+        **config: Any,
+    ) -> LinkSpec:
         return LinkSpec(
             engine_id="engine",
             rank=rank,
             num_ranks=num_ranks,
             control=control,
-            host="127.0.0.1",
+            host=host,
+            tls=tls,
             config=KvTransferConfig(**config),
             fingerprint=FINGERPRINT,
             pools=tuple(self.specs),
@@ -204,6 +215,8 @@ async def producing(
     share_memory: bool = False,
     tamper: Callable[[bytes], bytes] | None = None,
     fingerprint: Mapping[str, str] = FINGERPRINT,
+    tls: TlsFiles | None = None,
+    host: str = "127.0.0.1",
     **config: Any,
 ) -> AsyncIterator[tuple[list[Producer], tuple[str, ...]]]:
     """Producers of all ranks, and their addresses."""
@@ -223,8 +236,9 @@ async def producing(
             on_ended=endings.put_nowait,
             shared_memory=advertise(spec, rank.board.nonce) if share_memory else None,
             tamper=tamper,
+            tls=tls,
         )
-        addresses.append(f"127.0.0.1:{await producer.start('127.0.0.1')}")
+        addresses.append(f"{host}:{await producer.start(host)}")
         made.append(producer)
     try:
         yield made, tuple(addresses)
@@ -240,6 +254,7 @@ async def consuming(
     fingerprint: Mapping[str, str] = FINGERPRINT,
     pause_s: float = 0.0,
     engine_id: str = "decode",
+    tls: TlsFiles | None = None,
     **config: Any,
 ) -> AsyncIterator[list[Consumer]]:
     made = [
@@ -252,6 +267,7 @@ async def consuming(
             config=KvTransferConfig(**config),
             on_ended=endings.put_nowait,
             pause_s=pause_s,
+            tls=tls,
         )
         for r, rank in enumerate(engine)
     ]

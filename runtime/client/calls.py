@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
@@ -76,6 +77,8 @@ class Ask:
     priority: int = 0
     cache_salt: str = ""
     num_draft_tokens: int | None = None
+    retry_key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Whoever asks again under it gets the same text."""
 
 
 class Api(Protocol):
@@ -115,7 +118,8 @@ class AsyncTransport(Protocol):
 class Attempts:
     """Decides whether one call is tried again, and when.
 
-    open ──error──> delay_after ──sleep──> open ──first message──> answered: no more attempts
+    open ──error──> delay_after ──sleep──> open ──first message──> no more attempts, but of a call that
+                                                                   `resumes` when its connection is lost
     """
 
     def __init__(
@@ -123,17 +127,29 @@ class Attempts:
         *,
         timeout_s: float,
         max_retries: int,
+        resumes: bool = False,
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._clock = clock
         self._draw = draw
+        self._resumes = resumes
         self._timeout_s = timeout_s
         self._deadline = clock() + timeout_s
         self._retries_left = max_retries
         self._backoff_s = 0.25
-        self.answered = False
-        """Set by whoever reads the reply, with its first message."""
+        self._answered = False
+        self._max_retries = max_retries
+        self.number = 0
+        """Of this attempt."""
+
+    def on_message(self) -> None:
+        """Something came."""
+        self._answered = True
+
+    def on_news(self) -> None:
+        """Something came that had not come before: whatever is lost next has all its retries."""
+        self._retries_left = self._max_retries
 
     def remaining_s(self) -> float:
         """Until the deadline. Raises DeadlineExceeded when it has passed."""
@@ -144,19 +160,76 @@ class Attempts:
 
     def delay_after(self, error: ClientError) -> float:
         """Seconds to wait before the next attempt. Raises the error if there must not be one."""
-        if self.answered:
+        if self._answered and not (self._resumes and isinstance(error, ConnectionFailed)):
             if isinstance(error, (Unavailable, ServerFailed)):
                 raise StreamBroken(f"the stream broke: {error}") from error
             raise error
         if not _may_retry(error) or self._retries_left == 0:
+            if self._answered:
+                raise StreamBroken(f"the stream broke: {error}") from error
             raise error
         self._retries_left -= 1
+        self.number += 1
         asked_s = error.retry_after_s if isinstance(error, Unavailable) else None
         delay_s = max(asked_s or 0.0, self._backoff_s) * (1.0 + 0.5 * self._draw())
         self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
         if delay_s >= self._deadline - self._clock():
             raise error
         return delay_s
+
+
+class Replay:
+    """A stream that broke and is asked for again comes from its beginning: what was passed on already
+    is held back, and must be the same."""
+
+    def __init__(self) -> None:
+        self._attempt = 0
+        self._passed: dict[int, _Text] = {}
+        """Of each text, what the caller has."""
+        self._heard: dict[int, tuple[int, int]] = {}
+        """How much of its text and how many of its tokens this attempt has brought."""
+
+    def read(self, pieces: list[Piece], *, attempt: int) -> list[Piece]:
+        """Those parts of pieces that are new. Raises StreamBroken where another text comes."""
+        if attempt != self._attempt:
+            self._attempt, self._heard = attempt, {}
+        return [new for piece in pieces if (new := self._new(piece)) is not None]
+
+    def _new(self, piece: Piece) -> Piece | None:
+        passed = self._passed.setdefault(piece.index, _Text())
+        if self._attempt:
+            start_text, start_token = self._heard.get(piece.index, (0, 0))
+            end_text, end_token = start_text + len(piece.text), start_token + len(piece.token_ids)
+            self._heard[piece.index] = end_text, end_token
+            old_text, old_tokens = passed.since(start_text, start_token)
+            if not (
+                piece.text.startswith(old_text[: len(piece.text)])
+                and list(piece.token_ids[: len(old_tokens)]) == old_tokens[: len(piece.token_ids)]
+            ):
+                raise StreamBroken("the stream broke, and asking again gave another text")
+            piece = replace(
+                piece,
+                text=piece.text[len(old_text) :],
+                token_ids=piece.token_ids[len(old_tokens) :],
+                num_accepted=max(0, piece.num_accepted - len(old_tokens)),
+                logprobs=piece.logprobs and piece.logprobs[len(old_tokens) :],
+            )
+            if not (piece.text or piece.token_ids or piece.finish_reason or piece.usage):
+                return None
+        passed.texts.append(piece.text)
+        passed.token_ids += piece.token_ids
+        return piece
+
+
+@dataclass(slots=True)
+class _Text:
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+    def since(self, text: int, token: int) -> tuple[str, list[int]]:
+        """What follows so many characters, and so many tokens."""
+        self.texts = ["".join(self.texts)]
+        return self.texts[0][text:], self.token_ids[token:]
 
 
 def _may_retry(error: ClientError) -> bool:

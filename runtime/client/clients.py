@@ -20,6 +20,7 @@ from paceline.runtime.client.calls import (
     Attempts,
     Call,
     Messages,
+    Replay,
     Stream,
     Transport,
     Wire,
@@ -31,6 +32,7 @@ from paceline.runtime.client.errors import (
     ServerFailed,
     Unavailable,
 )
+from paceline.runtime.client.trust import Trust
 from paceline.runtime.types import SamplingParams
 
 T = TypeVar("T")
@@ -44,8 +46,15 @@ ASK_OPTIONS = ("request_id", "priority", "cache_salt", "num_draft_tokens")
 class _Base:
     """What both clients are made from."""
 
-    def __init__(self, url: str, *, timeout_s: float, max_retries: int, model: str | None) -> None:
+    def __init__(
+        self, url: str, *, trust: Trust, timeout_s: float, max_retries: int, model: str | None
+    ) -> None:
         self.scheme, self.address = split_url(url)
+        if not trust.is_default and self.scheme not in ("https", "grpcs"):
+            raise ClientError(
+                f"ca_certs and client_cert need an https:// or grpcs:// URL, found {self.scheme}://"
+            )
+        self._trust = trust
         self._timeout_s = timeout_s
         self._max_retries = max_retries
         self._api = self._make_api(model)
@@ -62,10 +71,13 @@ class _Base:
             raise ClientError(f"grpc:// URLs need grpcio and protobuf: {error}") from error
         return GrpcApi()
 
-    def _attempts(self, timeout_s: float | None, max_retries: int | None = None) -> Attempts:
+    def _attempts(
+        self, timeout_s: float | None, max_retries: int | None = None, *, resumes: bool = False
+    ) -> Attempts:
         return Attempts(
             timeout_s=self._timeout_s if timeout_s is None else timeout_s,
             max_retries=self._max_retries if max_retries is None else max_retries,
+            resumes=resumes,
         )
 
 
@@ -75,8 +87,10 @@ class Client(_Base):
     with Client("http://127.0.0.1:8000") as client:
         print(client.generate("def add(", max_tokens=20, temperature=0).text)
 
-    `timeout_s` bounds a whole call with all its attempts, and each method takes another; over HTTP
-    a stream that stalls late may take as long again. `model` is for servers that hold several.
+    With https:// and grpcs:// URLs, `ca_certs` is a file of authorities to trust instead of the usual
+    ones, and `client_cert` one with a certificate and its key, or a pair of files, for servers that ask
+    who calls. `timeout_s` bounds a whole call with all its attempts, and each method takes another; over
+    HTTP a stream that stalls late may take as long again. `model` is for servers that hold several.
     `transport` takes the network's place in tests. Methods raise ClientError.
     """
 
@@ -85,22 +99,32 @@ class Client(_Base):
         url: str,
         *,
         api_key: str | None = None,
+        ca_certs: str | None = None,
+        client_cert: str | tuple[str, str] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_retries: int = DEFAULT_MAX_RETRIES,
         model: str | None = None,
         transport: Transport | None = None,
     ) -> None:
-        super().__init__(url, timeout_s=timeout_s, max_retries=max_retries, model=model)
+        super().__init__(
+            url,
+            trust=Trust(ca_certs=ca_certs, client_cert=client_cert),
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            model=model,
+        )
         self._transport = transport or self._connect(api_key)
 
     def _connect(self, api_key: str | None) -> Transport:
         if self.scheme in ("http", "https"):
             from paceline.runtime.client.http import HttpTransport
 
-            return HttpTransport(f"{self.scheme}://{self.address}", api_key=api_key)
+            url = f"{self.scheme}://{self.address}"
+            return HttpTransport(url, api_key=api_key, trust=self._trust)
         from paceline.runtime.client.grpc import GrpcTransport
 
-        return GrpcTransport(self.address, tls=self.scheme == "grpcs", api_key=api_key)
+        trust = self._trust if self.scheme == "grpcs" else None
+        return GrpcTransport(self.address, trust=trust, api_key=api_key)
 
     def generate(
         self,
@@ -125,7 +149,11 @@ class Client(_Base):
         timeout_s: float | None = None,
         **changes: Any,
     ) -> Generator[Piece, None, None]:
-        """`generate`, piece by piece. Closing the iterator ends the request on the server."""
+        """`generate`, piece by piece. Closing the iterator ends the request on the server.
+
+        A stream whose connection is lost is asked for again: the server writes the same text once more,
+        and what had come is left out.
+        """
         return self._pieces(self._api.stream(make_ask(params, changes, prompt=prompt)), timeout_s)
 
     def chat(
@@ -204,9 +232,12 @@ class Client(_Base):
         return call.read(list(self._messages(call.wire, self._attempts(timeout_s, max_retries))))
 
     def _pieces(self, stream: Stream, timeout_s: float | None) -> Generator[Piece, None, None]:
-        with contextlib.closing(self._messages(stream.wire, self._attempts(timeout_s))) as messages:
+        attempts, replay = self._attempts(timeout_s, resumes=True), Replay()
+        with contextlib.closing(self._messages(stream.wire, attempts)) as messages:
             for message in messages:
-                yield from stream.read(message)
+                if new := replay.read(stream.read(message), attempt=attempts.number):
+                    attempts.on_news()
+                    yield from new
 
     def _messages(self, wire: Wire, attempts: Attempts) -> Generator[bytes, None, None]:
         while True:
@@ -214,7 +245,7 @@ class Client(_Base):
                 reply = self._transport.open(wire, timeout_s=attempts.remaining_s())
                 with contextlib.closing(reply):
                     for message in reply:
-                        attempts.answered = True
+                        attempts.on_message()
                         yield message
                         attempts.remaining_s()
                 return
@@ -239,22 +270,32 @@ class AsyncClient(_Base):
         url: str,
         *,
         api_key: str | None = None,
+        ca_certs: str | None = None,
+        client_cert: str | tuple[str, str] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_retries: int = DEFAULT_MAX_RETRIES,
         model: str | None = None,
         transport: AsyncTransport | None = None,
     ) -> None:
-        super().__init__(url, timeout_s=timeout_s, max_retries=max_retries, model=model)
+        super().__init__(
+            url,
+            trust=Trust(ca_certs=ca_certs, client_cert=client_cert),
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            model=model,
+        )
         self._transport = transport or self._connect(api_key)
 
     def _connect(self, api_key: str | None) -> AsyncTransport:
         if self.scheme in ("http", "https"):
             from paceline.runtime.client.http import AsyncHttpTransport
 
-            return AsyncHttpTransport(f"{self.scheme}://{self.address}", api_key=api_key)
+            url = f"{self.scheme}://{self.address}"
+            return AsyncHttpTransport(url, api_key=api_key, trust=self._trust)
         from paceline.runtime.client.grpc import AsyncGrpcTransport
 
-        return AsyncGrpcTransport(self.address, tls=self.scheme == "grpcs", api_key=api_key)
+        trust = self._trust if self.scheme == "grpcs" else None
+        return AsyncGrpcTransport(self.address, trust=trust, api_key=api_key)
 
     async def generate(
         self,
@@ -357,11 +398,13 @@ class AsyncClient(_Base):
             return call.read([message async for message in messages])
 
     async def _pieces(self, stream: Stream, timeout_s: float | None) -> AsyncGenerator[Piece, None]:
-        attempts = self._attempts(timeout_s)
+        attempts, replay = self._attempts(timeout_s, resumes=True), Replay()
         async with contextlib.aclosing(self._messages(stream.wire, attempts)) as messages:
             async for message in messages:
-                for piece in stream.read(message):
-                    yield piece
+                if new := replay.read(stream.read(message), attempt=attempts.number):
+                    attempts.on_news()
+                    for piece in new:
+                        yield piece
 
     async def _messages(self, wire: Wire, attempts: Attempts) -> AsyncGenerator[bytes, None]:
         while True:
@@ -369,7 +412,7 @@ class AsyncClient(_Base):
                 reply = self._transport.open(wire, timeout_s=attempts.remaining_s())
                 async with contextlib.aclosing(reply):
                     while (message := await _next(reply, attempts)) is not None:
-                        attempts.answered = True
+                        attempts.on_message()
                         yield message
                 return
             except ClientError as error:

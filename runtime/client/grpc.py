@@ -32,6 +32,7 @@ from paceline.runtime.client.errors import (
     ServerFailed,
     grpc_error,
 )
+from paceline.runtime.client.trust import Trust
 from paceline.runtime.types import SamplingParams
 
 T = TypeVar("T")
@@ -164,7 +165,12 @@ class GrpcApi:
                 request.text = ask.prompt
             else:
                 request.tokenized.CopyFrom(inference_pb2.TokenizedInput(input_ids=ask.prompt))
-            return Wire(method="Generate", body=request.SerializeToString(), streaming=True)
+            return Wire(
+                method="Generate",
+                body=request.SerializeToString(),
+                streaming=True,
+                headers={"idempotency-key": ask.retry_key},
+            )
         except (TypeError, ValueError) as error:  # out of a field's range, or not a number at all
             raise RequestRejected(f"a value cannot be sent: {error}") from None
 
@@ -295,8 +301,11 @@ def _grpc_piece(answer: Any) -> Piece:
 class GrpcTransport:
     """gRPC with grpcio. Messages stay bytes."""
 
-    def __init__(self, address: str, *, tls: bool = False, api_key: str | None = None) -> None:
-        self._channel = _channel(grpc, address, tls=tls)
+    def __init__(
+        self, address: str, *, trust: Trust | None = None, api_key: str | None = None
+    ) -> None:
+        """With TLS if there is `trust`."""
+        self._channel = _channel(grpc, address, trust)
         self._metadata = _metadata(api_key)
 
     def open(self, wire: Wire, *, timeout_s: float) -> Generator[bytes, None, None]:
@@ -304,10 +313,16 @@ class GrpcTransport:
         try:
             if not wire.streaming:
                 invoke = self._channel.unary_unary(path)
-                yield invoke(wire.body, timeout=timeout_s, metadata=self._metadata)
+                yield invoke(
+                    wire.body,
+                    timeout=timeout_s,
+                    metadata=self._metadata + tuple(wire.headers.items()),
+                )
                 return
             call = self._channel.unary_stream(path)(
-                wire.body, timeout=timeout_s, metadata=self._metadata
+                wire.body,
+                timeout=timeout_s,
+                metadata=self._metadata + tuple(wire.headers.items()),
             )
             with contextlib.closing(_Cancelled(call)):
                 yield from call
@@ -321,8 +336,10 @@ class GrpcTransport:
 class AsyncGrpcTransport:
     """The same, without blocking."""
 
-    def __init__(self, address: str, *, tls: bool = False, api_key: str | None = None) -> None:
-        self._channel = _channel(grpc.aio, address, tls=tls)
+    def __init__(
+        self, address: str, *, trust: Trust | None = None, api_key: str | None = None
+    ) -> None:
+        self._channel = _channel(grpc.aio, address, trust)
         self._metadata = _metadata(api_key)
 
     async def open(self, wire: Wire, *, timeout_s: float) -> AsyncGenerator[bytes, None]:
@@ -330,10 +347,16 @@ class AsyncGrpcTransport:
         try:
             if not wire.streaming:
                 invoke = self._channel.unary_unary(path)
-                yield await invoke(wire.body, timeout=timeout_s, metadata=self._metadata)
+                yield await invoke(
+                    wire.body,
+                    timeout=timeout_s,
+                    metadata=self._metadata + tuple(wire.headers.items()),
+                )
                 return
             call = self._channel.unary_stream(path)(
-                wire.body, timeout=timeout_s, metadata=self._metadata
+                wire.body,
+                timeout=timeout_s,
+                metadata=self._metadata + tuple(wire.headers.items()),
             )
             with contextlib.closing(_Cancelled(call)):
                 async for message in call:
@@ -345,11 +368,11 @@ class AsyncGrpcTransport:
         await self._channel.close()
 
 
-def _channel(module: Any, address: str, *, tls: bool) -> Any:
+def _channel(module: Any, address: str, trust: Trust | None) -> Any:
     """Of grpc or grpc.aio."""
-    if tls:
-        return module.secure_channel(address, grpc.ssl_channel_credentials(), options=OPTIONS)
-    return module.insecure_channel(address, options=OPTIONS)
+    if trust is None:
+        return module.insecure_channel(address, options=OPTIONS)
+    return module.secure_channel(address, trust.credentials(), options=OPTIONS)
 
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

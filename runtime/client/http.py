@@ -33,6 +33,7 @@ from paceline.runtime.client.errors import (
     http_error,
     message_of,
 )
+from paceline.runtime.client.trust import Trust
 
 T = TypeVar("T")
 
@@ -314,6 +315,8 @@ def _post(path: str, body: Mapping[str, Any], ask: Ask | None = None) -> Wire:
     except (TypeError, ValueError) as error:
         raise RequestRejected(f"a value cannot be sent: {error}") from None
     headers = {"Content-Type": "application/json"}
+    if ask is not None:
+        headers["Idempotency-Key"] = ask.retry_key
     if ask is not None and ask.request_id is not None:
         headers["X-Request-Id"] = ask.request_id
     return Wire(
@@ -398,10 +401,18 @@ class HttpTransport:
     """HTTP with httpx."""
 
     def __init__(
-        self, url: str, *, api_key: str | None = None, network: httpx.BaseTransport | None = None
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        trust: Trust | None = None,
+        network: httpx.BaseTransport | None = None,
     ) -> None:
         self._client = httpx.Client(
-            base_url=url, headers=_authorization(api_key), transport=network
+            base_url=url,
+            headers=_authorization(api_key),
+            verify=(trust or Trust()).context(),
+            transport=network,
         )
 
     def open(self, wire: Wire, *, timeout_s: float) -> Generator[bytes, None, None]:
@@ -434,11 +445,13 @@ class AsyncHttpTransport:
         url: str,
         *,
         api_key: str | None = None,
+        trust: Trust | None = None,
         network: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._client = httpx.AsyncClient(
             base_url=url,
             headers=_authorization(api_key),
+            verify=(trust or Trust()).context(),
             transport=network,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
         )

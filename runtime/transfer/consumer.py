@@ -24,6 +24,7 @@ import msgspec
 from paceline.proto import kv_transfer_pb2 as pb
 from paceline.runtime.config import KvTransferConfig
 from paceline.runtime.errors import EngineError
+from paceline.runtime.tls import TlsFiles
 from paceline.runtime.transfer.codec import BY_NAME
 from paceline.runtime.transfer.layout import (
     KvMismatchError,
@@ -73,6 +74,7 @@ class Consumer:
         fingerprint: Mapping[str, str],
         config: KvTransferConfig,
         on_ended: Callable[[Ended], None],
+        tls: TlsFiles | None = None,
         pause_s: float = 0.0,
     ) -> None:
         """`num_ranks` are this engine's. `pause_s` is for tests: a reader that slow, until it
@@ -85,7 +87,7 @@ class Consumer:
         self._config = config
         self._on_ended = on_ended
         self.pause_s = pause_s
-        self._peers = Peers()
+        self._peers = Peers(tls)
         self._fetches: dict[str, asyncio.Task[None]] = {}
         self._releases: set[asyncio.Task[None]] = set()
 

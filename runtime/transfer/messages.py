@@ -33,6 +33,8 @@ class Offer(WireType, frozen=True, kw_only=True, tag="offer"):
     num_tokens: Annotated[int, msgspec.Meta(ge=1)]
     lease_s: float
     """How long the blocks are held for a consumer that does not come, or is not heard of."""
+    consumer_id: str = ""
+    """The engine it is for; empty for whichever knows the transfer's id."""
 
 
 class Complete(WireType, frozen=True, kw_only=True, tag="complete"):

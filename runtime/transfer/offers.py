@@ -3,6 +3,10 @@
     Offer ──> transfer ── Open of each consumer rank ──> ticket ── Release of each ──> Ended
                  │ lease: any sign of a consumer renews it; when it runs out the blocks are let go
 
+A ticket is a number that nobody can guess, for one rank of the engine that the offer is for, of use on
+the host that opened it, until the transfer is over: when all have released it, when the lease runs
+out, and at the latest when no fetch can be under way any more.
+
 An id is used once: a transfer that is over is remembered for a while, so that a call that comes late,
 or an offer that comes after its consumer has left, is answered at once.
 """
@@ -91,13 +95,15 @@ class Offers:
         *,
         rank: int,
         chunk_bytes: int,
+        fetch_s: float,
         on_ended: Callable[[Ended], None],
     ) -> None:
-        """`chunk_bytes` is for consumers who do not care."""
+        """`chunk_bytes` is for consumers who do not care; `fetch_s` is how long a fetch may take."""
         self._pools = pools
         self._board = board
         self._rank = rank
         self._chunk_bytes = chunk_bytes
+        self._fetch_s = fetch_s
         self._on_ended = on_ended
         self._transfers: dict[str, Transfer] = {}
         self._tickets: dict[int, Ticket] = {}
@@ -168,16 +174,20 @@ class Offers:
 
     # -------------------------------------------------------------------------- the consumers' side
 
-    async def open(self, request: pb.OpenRequest, *, wait_s: float) -> tuple[Transfer, Ticket]:
-        """A ticket for one consumer rank, which voids the one it had. Waits for the offer. Raises
-        TimeoutError, Refusal, and ValueError for what is not here."""
+    async def open(
+        self, request: pb.OpenRequest, *, host: str, wait_s: float
+    ) -> tuple[Transfer, Ticket]:
+        """A ticket for one consumer rank on `host`, which voids the one it had. Waits for the offer.
+        Raises TimeoutError, Refusal, and ValueError for what is not here."""
         transfer = await self._offered(request.transfer_id, wait_s)
+        _check_consumer(transfer.offer, request.consumer_id)
         consumer = (request.consumer_id, request.consumer_rank)
         if consumer in transfer.released:
             raise Refusal(grpc.StatusCode.NOT_FOUND, "this consumer has released it")
         ticket = Ticket(
             request,
-            number=secrets.randbits(63) | 1,
+            number=secrets.randbits(64) or 1,
+            host=host,
             offer=transfer.offer,
             pools=self._pools,
             pool_pages=transfer.pages,
@@ -194,11 +204,15 @@ class Offers:
         self.renew(ticket)
         return transfer, ticket
 
-    def ticket(self, number: int) -> Ticket:
-        """Raises Refusal where it is not valid, or not any more."""
+    def ticket(self, number: int, *, host: str) -> Ticket:
+        """Raises Refusal where it is not valid, not any more, or not on this host."""
         ticket = self._tickets.get(number)
         if ticket is None:
             raise Refusal(grpc.StatusCode.NOT_FOUND, self._closed.get(number, "no such ticket"))
+        if ticket.host != host:
+            raise Refusal(
+                grpc.StatusCode.PERMISSION_DENIED, "this ticket was opened on another host"
+            )
         return ticket
 
     def renew(self, ticket: Ticket) -> None:
@@ -208,7 +222,7 @@ class Offers:
             transfer.heard_s = time.monotonic()
 
     def release(self, request: pb.ReleaseRequest) -> pb.ReleaseResponse:
-        """`known` says whether this rank's transfer was held until it was released."""
+        """`known` says whether this rank's transfer was held until it was released. Raises Refusal."""
         consumer = (request.consumer_id, request.consumer_rank)
         transfer = self._transfers.get(request.transfer_id)
         if transfer is None:
@@ -216,6 +230,7 @@ class Offers:
             if past is None and request.outcome == pb.ABORT:
                 self._remember(request.transfer_id, _aborted(request))
             return pb.ReleaseResponse(known=past is not None and consumer in past.done)
+        _check_consumer(transfer.offer, request.consumer_id)
         if request.outcome == pb.ABORT:
             self._end(request.transfer_id, _aborted(request))
             return pb.ReleaseResponse(known=True, freed=True)
@@ -259,7 +274,12 @@ class Offers:
     def _arm(self, transfer_id: str) -> None:
         """Look again when the lease would run out."""
         transfer = self._transfers[transfer_id]
-        left_s = transfer.heard_s + transfer.lease_s - time.monotonic()
+        now_s = time.monotonic()
+        most_s = transfer.lease_s + self._fetch_s
+        if now_s - transfer.began_s >= most_s:
+            self._end(transfer_id, f"lease expired: nothing is held for more than {most_s:g} s")
+            return
+        left_s = min(transfer.heard_s + transfer.lease_s, transfer.began_s + most_s) - now_s
         if left_s <= 0:
             self._end(
                 transfer_id,
@@ -323,6 +343,11 @@ class Offers:
     def _remembered(self, transfer_id: str) -> _Past | None:
         past = self._past.get(transfer_id)
         return past if past is not None and past.until_s > time.monotonic() else None
+
+
+def _check_consumer(offer: Offer, consumer_id: str) -> None:
+    if offer.consumer_id not in ("", consumer_id):
+        raise Refusal(grpc.StatusCode.PERMISSION_DENIED, "this transfer is for another consumer")
 
 
 def _aborted(request: pb.ReleaseRequest) -> str:

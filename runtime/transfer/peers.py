@@ -3,6 +3,9 @@ themselves.
 
     Peer ── control channel ──>  Describe, Open, Await, Renew, Release
          ── channel per lane ──> Stream              each a TCP connection of its own
+
+With TLS each connection shows our certificate and wants to see one of the same authority. Once the
+certificate is replaced, fetches that begin make connections of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from google.protobuf.message import Message
 
 from paceline.proto import kv_transfer_pb2 as pb
 from paceline.runtime.errors import EngineError
+from paceline.runtime.tls import LINK_NAME, TlsFiles, channel_credentials
 from paceline.runtime.transfer.layout import (
     PROTOCOL_MAJOR,
     KvMismatchError,
@@ -26,10 +30,18 @@ from paceline.runtime.transfer.layout import (
     ModelName,
 )
 from paceline.runtime.transfer.shm import SharedPools
-from paceline.runtime.transfer.wire import BASE_OPTIONS, SERVICE, code_of, layout_from_pb, parse
+from paceline.runtime.transfer.wire import (
+    BASE_OPTIONS,
+    MAX_CREDIT_BYTES,
+    SERVICE,
+    code_of,
+    layout_from_pb,
+    parse,
+)
 
 OPTIONS = [
     *BASE_OPTIONS,
+    ("grpc.max_receive_message_length", MAX_CREDIT_BYTES),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
@@ -79,9 +91,10 @@ class Description:
 class Peer:
     """One address. Belongs to the event loop."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: TlsFiles | None) -> None:
         self.address = address
         self.num_users = 0
+        self._tls = tls
         self.description: Description | None = None
         """As of the last time it was asked; forgotten when it may have been started again."""
         self.shared: SharedPools | None = None
@@ -147,24 +160,32 @@ class Peer:
                     await channel.close()
 
     def _channel(self, lane: int) -> grpc.aio.Channel:
-        options = [
+        options: list[tuple[str, int | str]] = [
             *OPTIONS,
             ("paceline.lane", lane),
         ]  # channels of equal options share a connection
-        return grpc.aio.insecure_channel(self.address, options=options)
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self.address, options=options)
+        options.append(("grpc.ssl_target_name_override", LINK_NAME))
+        credentials = channel_credentials(self._tls)
+        return grpc.aio.secure_channel(self.address, credentials, options=options)
 
 
 class Peers:
     """Those that were last talked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TlsFiles | None) -> None:
+        self._tls = tls
+        self._watched = None if tls is None else tls.watched()
         self._peers: OrderedDict[str, Peer] = OrderedDict()
 
     async def at(self, address: str) -> Peer:
         """In use until `release`."""
+        if self._watched is not None and self._watched.changed():
+            await self._forget_all()
         peer = self._peers.get(address)
         if peer is None:
-            peer = self._peers[address] = Peer(address)
+            peer = self._peers[address] = Peer(address, self._tls)
         self._peers.move_to_end(address)
         peer.num_users += 1
         idle = [each for each in self._peers.values() if not each.num_users]
@@ -175,9 +196,19 @@ class Peers:
 
     async def release(self, peer: Peer, *, gone: bool = False) -> None:
         peer.num_users -= 1
-        if gone and not peer.num_users and peer.address in self._peers:
+        forgotten = self._peers.get(peer.address) is not peer
+        if peer.num_users or not (gone or forgotten):
+            return
+        if not forgotten:
             del self._peers[peer.address]
-            await peer.close()
+        await peer.close()
+
+    async def _forget_all(self) -> None:
+        """Forget all; those in use are closed by whoever releases them last."""
+        forgotten, self._peers = self._peers, OrderedDict()
+        for each in forgotten.values():
+            if not each.num_users:
+                await each.close()
 
     async def close(self) -> None:
         for peer in self._peers.values():

@@ -29,6 +29,8 @@ import zmq.asyncio
 from msgspec import Meta
 
 from paceline.runtime.config import KvTransferConfig
+from paceline.runtime.logs import configure_child
+from paceline.runtime.tls import TlsFiles
 from paceline.runtime.transfer.board import Board
 from paceline.runtime.transfer.layout import ModelLayout, ModelName, PoolPlace
 from paceline.runtime.transfer.messages import (
@@ -89,6 +91,8 @@ class LinkSpec(WireType, frozen=True, kw_only=True):
     num_draft_layers: int
     wakeup_fd: int
     """An eventfd, non-blocking: the rank adds to it whenever it has raised marks."""
+    tls: TlsFiles | None = None
+    """Without, links are open to whoever reaches `host`."""
 
 
 class Faults(WireType, frozen=True, kw_only=True):
@@ -183,6 +187,7 @@ class _Link:
             boot_id=self._boot_id,
             fingerprint=spec.fingerprint,
             config=spec.config,
+            tls=spec.tls,
             on_ended=self._news.put_nowait,
             shared_memory=advertise(spec, self._board.nonce),
             tamper=self._saboteur.tamper if self._saboteur.tampers else None,
@@ -194,6 +199,7 @@ class _Link:
             num_ranks=spec.num_ranks,
             fingerprint=spec.fingerprint,
             config=spec.config,
+            tls=spec.tls,
             on_ended=self._news.put_nowait,
             pause_s=faults.slow_reader_s,
         )
@@ -300,9 +306,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 def main() -> None:
     keep_memory()
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     _watch_parent()
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=LinkSpec)
+    configure_child(role=f"{spec.engine_id}/link {spec.rank}")
     faults = msgspec.json.decode(os.environ.get(FAULTS, "{}"), type=Faults)
     if faults != Faults():
         logger.warning("this KV link fails on purpose: %s", faults)

@@ -4,6 +4,9 @@
                  │ lease: any sign of a consumer renews it; when it runs out the blocks are let go
     Complete ──> └──> Await: the first token, and how much of the drafter is exact
 
+With TLS nobody is heard who does not show a link's certificate, and a ticket is of use only on the
+host that opened it.
+
 One event loop. `on_ended` is called exactly once for each Offer, and after it nobody here reads the
 transfer's blocks.
 """
@@ -23,6 +26,7 @@ from google.protobuf.message import Message
 from paceline.proto import kv_transfer_pb2 as pb
 from paceline.runtime.config import KvTransferConfig
 from paceline.runtime.errors import ConfigError, EngineError
+from paceline.runtime.tls import LINK_NAME, TlsFiles, server_credentials
 from paceline.runtime.transfer.board import Board
 from paceline.runtime.transfer.codec import BY_ID
 from paceline.runtime.transfer.frames import encode_end
@@ -41,6 +45,7 @@ from paceline.runtime.transfer.wire import (
     MAX_CHUNK_BYTES,
     MAX_CREDIT_BYTES,
     MAX_LANES,
+    MAX_REQUEST_BYTES,
     SERVICE,
     handover_to_pb,
     layout_to_pb,
@@ -51,7 +56,9 @@ logger = logging.getLogger(__name__)
 
 OPTIONS = [
     *BASE_OPTIONS,
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.so_reuseport", 0),  # two servers on one port would share its callers at random
+    ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
 ]
@@ -76,6 +83,7 @@ class Producer:
         fingerprint: Mapping[str, str],
         config: KvTransferConfig,
         on_ended: Callable[[Ended], None],
+        tls: TlsFiles | None = None,
         shared_memory: pb.SharedMemory | None = None,
         tamper: Callable[[bytes], bytes] | None = None,
     ) -> None:
@@ -83,6 +91,7 @@ class Producer:
         process. `tamper` is for tests: what it makes of a frame is sent instead."""
         self._boot_id = boot_id
         self._fingerprint = dict(fingerprint)
+        self._tls = tls
         self._tamper = tamper
         planes = [pb.GRPC] if shared_memory is None else [pb.GRPC, pb.SHARED_MEMORY]
         self._description = pb.DescribeResponse(
@@ -105,7 +114,12 @@ class Producer:
             shared_memory=shared_memory,
         )
         self._offers = Offers(
-            pools, board, rank=rank, chunk_bytes=config.chunk_bytes, on_ended=on_ended
+            pools,
+            board,
+            rank=rank,
+            chunk_bytes=config.chunk_bytes,
+            fetch_s=config.timeout_s,
+            on_ended=on_ended,
         )
         self.offer = self._offers.offer
         self.complete = self._offers.complete
@@ -116,11 +130,16 @@ class Producer:
     # --------------------------------------------------------------------------- the engine's side
 
     async def start(self, host: str) -> int:
-        """Listen on a free port, and return it. Raises ConfigError if `host` is not this machine's."""
+        """Listen on a free port of `host` alone, and return it. Raises ConfigError if that is not this
+        machine's."""
         self._server = grpc.aio.server(options=OPTIONS)
         self._server.add_generic_rpc_handlers((self._handlers(),))
+        address = f"[{host}]:0" if ":" in host else f"{host}:0"
         try:
-            port = self._server.add_insecure_port(f"[{host}]:0" if ":" in host else f"{host}:0")
+            if self._tls is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, server_credentials(self._tls))
         except RuntimeError:
             raise ConfigError(
                 f"cannot listen on {host}: not this machine's? Set host in kv_transfer_config"
@@ -139,6 +158,7 @@ class Producer:
         def unary(kind: type[Message], call: Callable[[Any, Any], Awaitable[Message]]) -> Any:
             async def handle(body: bytes, context: Any) -> bytes:
                 try:
+                    self._check_peer(context)
                     answer = await call(parse(kind, body), context)
                 except (ValueError, Refusal) as error:
                     await context.abort(_code(error), str(error))
@@ -157,6 +177,17 @@ class Producer:
             "Stream": grpc.stream_stream_rpc_method_handler(self._stream),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    def _check_peer(self, context: Any) -> None:
+        """Raise Refusal unless the caller's certificate is a link's. That its authority is ours, the
+        handshake has seen to; but that may vouch for others too."""
+        if self._tls is None:
+            return
+        names = context.auth_context().get("x509_subject_alternative_name", ())
+        if LINK_NAME.encode() not in names:
+            raise Refusal(
+                grpc.StatusCode.PERMISSION_DENIED, f"your certificate has no name {LINK_NAME}"
+            )
 
     async def _describe(self, _: pb.DescribeRequest, __: Any) -> pb.DescribeResponse:
         return self._description
@@ -177,7 +208,9 @@ class Producer:
             raise ValueError(
                 f"consumer rank {request.consumer_rank} of {request.num_consumers} consumers"
             )
-        transfer, ticket = await self._offers.open(request, wait_s=_left_s(context))
+        transfer, ticket = await self._offers.open(
+            request, host=_host(context), wait_s=_left_s(context)
+        )
         answer = pb.OpenResponse(
             boot_id=self._boot_id,
             ticket=ticket.number,
@@ -194,7 +227,7 @@ class Producer:
         return answer
 
     async def _await(self, request: pb.AwaitRequest, context: Any) -> pb.AwaitResponse:
-        ticket = self._offers.ticket(request.ticket)
+        ticket = self._offers.ticket(request.ticket, host=_host(context))
         self._offers.renew(ticket)
         async with asyncio.timeout(_left_s(context)):
             while ticket.handover is None:
@@ -204,11 +237,11 @@ class Producer:
             num_tokens=ticket.offer.num_tokens, handover=handover_to_pb(ticket.handover)
         )
 
-    async def _renew(self, request: pb.RenewRequest, _: Any) -> pb.RenewResponse:
+    async def _renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewResponse:
         lost = []
         for number in request.tickets:
             try:
-                self._offers.renew(self._offers.ticket(number))
+                self._offers.renew(self._offers.ticket(number, host=_host(context)))
             except Refusal:
                 lost.append(number)
         return pb.RenewResponse(lost=lost)
@@ -219,12 +252,13 @@ class Producer:
     async def _stream(self, _: Any, context: Any) -> None:
         """One lane of one ticket: controls come in, frames go out."""
         try:
+            self._check_peer(context)
             async with asyncio.timeout(FIRST_CONTROL_S):
                 body = await context.read()
             if body is grpc.aio.EOF:
                 raise ValueError("a stream without a word")
             control = parse(pb.StreamControl, body)
-            ticket = self._offers.ticket(control.ticket)
+            ticket = self._offers.ticket(control.ticket, host=_host(context))
             if control.lane >= ticket.num_lanes or control.lane in ticket.lanes:
                 raise ValueError(f"lane {control.lane}, of {ticket.num_lanes}, or in use")
             task = asyncio.current_task()
@@ -322,6 +356,11 @@ def _code(error: Exception) -> grpc.StatusCode:
     if isinstance(error, ValueError):
         return grpc.StatusCode.INVALID_ARGUMENT
     return grpc.StatusCode.FAILED_PRECONDITION  # KV that cannot be sent as was asked for
+
+
+def _host(context: Any) -> str:
+    """The caller's address, of `ipv4:10.0.0.1:50000`: its port is another for each connection."""
+    return str(context.peer()).rpartition(":")[0]
 
 
 def _left_s(context: Any) -> float:

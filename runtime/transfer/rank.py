@@ -31,6 +31,7 @@ from paceline.runtime.errors import ConfigError
 from paceline.runtime.loading import Loaded
 from paceline.runtime.models.model import Model
 from paceline.runtime.models.weights import find_model
+from paceline.runtime.tls import LINK_NAME, link_tls
 from paceline.runtime.transfer.board import Board
 from paceline.runtime.transfer.describe import describe_pool
 from paceline.runtime.transfer.layout import ModelLayout, ModelName, model_fingerprint
@@ -59,9 +60,12 @@ class KvLink:
         host: str,
     ) -> None:
         """`control` is the engine loop's address, `host` ours. Raises ConfigError where pools cannot
-        be shared."""
+        be shared, or this node's certificate is of no use."""
         transfer = config.kv_transfer_config
         assert transfer is not None, "expected kv_transfer_config"
+        tls = link_tls(config)
+        if tls is not None:
+            tls.check_mutual(LINK_NAME)
         if loaded.target is None:
             raise ConfigError(
                 "KV transfer needs a part of the target on every rank: draft_tensor_parallel_size "
@@ -103,6 +107,7 @@ class KvLink:
             pools=pools,
             board_fd=self._board_fd,
             wakeup_fd=self._bell,
+            tls=tls,
             **geometry,
         )
         self._closing = threading.Event()

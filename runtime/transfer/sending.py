@@ -70,6 +70,7 @@ class Ticket:
         request: pb.OpenRequest,
         *,
         number: int,
+        host: str,
         offer: Offer,
         pools: Mapping[ModelName, Pages],
         pool_pages: Mapping[ModelName, NDArray[np.int64]],
@@ -79,6 +80,8 @@ class Ticket:
     ) -> None:
         """Raises ValueError where the request asks for what is not here."""
         self.number = number
+        self.host = host
+        """Where it is of use, as gRPC writes addresses."""
         self.consumer = (request.consumer_id, request.consumer_rank)
         self.num_consumers = request.num_consumers
         self.offer = offer

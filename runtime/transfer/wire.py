@@ -28,13 +28,14 @@ SERVICE = pb.DESCRIPTOR.services_by_name["KvTransfer"].full_name
 KEEPALIVE_S = 3.0
 """A connection that answers no ping for so long, after so long in silence, is cut."""
 BASE_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1e3)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1e3)),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+MAX_REQUEST_BYTES = 1 << 26
+"""Of a message to a producer: an Open that resumes has a bit for each page of each range."""
 MAX_CHUNK_BYTES = 1 << 22
 MAX_LANES = 16
 MAX_CREDIT_BYTES = 1 << 30

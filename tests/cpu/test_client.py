@@ -42,6 +42,7 @@ from paceline.runtime.client import (
     clients,
 )
 from paceline.runtime.client.calls import MAX_BACKOFF_S, Attempts, Wire
+from paceline.runtime.client.clients import DEFAULT_MAX_RETRIES
 from paceline.runtime.client.errors import PUSHBACK, grpc_error, http_error
 from paceline.runtime.client.http import AsyncHttpTransport, EventReader, HttpTransport
 from paceline.runtime.config import EngineConfig
@@ -451,11 +452,42 @@ def test_retries_have_an_end(scripted: Scripted, sleeps: list[float]) -> None:
     assert len(script.wires) == 3
 
 
-def test_nothing_is_tried_again_after_the_first_piece(
+def test_a_stream_whose_connection_is_lost_goes_on_with_none_of_it_lost_or_repeated(
     scripted: Scripted, sleeps: list[float]
 ) -> None:
-    asker, script = scripted([chunk("a"), ConnectionFailed("reset")], [chunk("never")])
+    asker, script = scripted(
+        [chunk("ab"), chunk("c"), ConnectionFailed("reset")],
+        [chunk("a"), ConnectionFailed("reset")],
+        [chunk("abcd"), chunk("e")],
+    )
+    assert [piece.text for piece in asker.pieces("p")] == ["ab", "c", "d", "e"]
+    keys = {wire.headers["Idempotency-Key"] for wire in script.wires}
+    assert len(script.wires) == 3
+    assert len(keys) == 1, "so that the server writes the same text"
+
+
+def test_a_text_that_has_become_another_is_not_patched_together(
+    scripted: Scripted, sleeps: list[float]
+) -> None:
+    asker, _ = scripted([chunk("ab"), ConnectionFailed("reset")], [chunk("ac")])
+    with pytest.raises(StreamBroken, match="another text"):
+        asker.pieces("p")
+
+
+def test_a_stream_that_only_ever_repeats_itself_is_given_up(
+    scripted: Scripted, sleeps: list[float]
+) -> None:
+    asker, script = scripted(*[[chunk("a"), ConnectionFailed("reset")]] * 20)
     with pytest.raises(StreamBroken, match="reset"):
+        asker.pieces("p")
+    assert len(script.wires) == 1 + DEFAULT_MAX_RETRIES
+
+
+def test_an_answer_that_failed_in_mid_text_is_not_asked_for_again(
+    scripted: Scripted, sleeps: list[float]
+) -> None:
+    asker, script = scripted([chunk("a"), ServerFailed("the engine is lost")])
+    with pytest.raises(StreamBroken, match="lost"):
         asker.pieces("p")
     assert len(script.wires) == 1
 
@@ -727,7 +759,9 @@ def test_a_text_may_hold_any_line_break(answered: Answered) -> None:
     ],
     ids=["cut short", "an error event"],
 )
-def test_a_stream_that_does_not_end_well_is_broken(answered: Answered, body: bytes) -> None:
+def test_a_stream_that_does_not_end_well_is_broken(
+    answered: Answered, sleeps: list[float], body: bytes
+) -> None:
     with pytest.raises(StreamBroken):
         answered(lambda _: httpx.Response(200, content=body)).pieces("p")
 

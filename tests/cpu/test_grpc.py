@@ -763,6 +763,12 @@ def test_reflection_needs_the_key(serve: Serve) -> None:
         database.get_services()
 
 
+def test_metadata_that_is_too_large_is_refused(shared: Served) -> None:
+    filler = (("x-filler", "x" * (2 * door.MAX_METADATA_BYTES)),)
+    with refused(Code.RESOURCE_EXHAUSTED):
+        shared.generate(ask(), metadata=filler)
+
+
 # vLLM's name
 
 VLLM_FIELDS = {

@@ -33,7 +33,7 @@ from tests.engines import (
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from paceline.actors.frontends import http
+from paceline.actors.frontends import bounds, http
 from paceline.actors.frontends.openai import ApiError, ChatBody, CompletionBody, decode_body
 from paceline.runtime import async_llm
 from paceline.runtime.async_llm import AsyncLLM
@@ -943,3 +943,120 @@ def test_a_stream_costs_one_write_per_step(facts: Facts) -> None:
     sent = asyncio.run(main())
     assert sum(body.count(b"data: {") for body in sent) == 40
     assert len(sent) <= 10 + 2, "ten steps, [DONE], and the end"
+
+
+# Bounds
+
+
+def nested(depth: int, *, what: str) -> bytes:
+    """A body in which the field is that deep, itself included."""
+    opening, closing = {"list": (b"[", b"]"), "object": (b'{"a":', b"}")}[what]
+    deep = opening * (depth - 1) + b"1" + closing * (depth - 1)
+    return b'{"prompt": "[[[[hi", "max_tokens": 1, "user": ' + deep + b"}"
+
+
+@pytest.mark.parametrize("what", ["list", "object"])
+@pytest.mark.parametrize(("depth", "status"), [(100, 200), (101, 400), (5000, 400), (200_000, 400)])
+def test_a_body_may_be_nested_so_deep(ask: Ask, what: str, depth: int, status: int) -> None:
+    answer = ask("/v1/completions", content=nested(depth, what=what))
+    assert answer.status_code == status
+    assert status == 200 or "nested too deeply" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["guided_json", "structured_outputs", "response_format", "tools", "metadata", "logit_bias"],
+)
+@pytest.mark.parametrize("depth", [80, 400])
+def test_deep_values_are_refused_in_every_field_and_never_an_error_of_ours(
+    ask: Ask, field: str, depth: int
+) -> None:
+    deep: Any = {"type": "string"}
+    for _ in range(depth):
+        deep = {"properties": {"a": deep}}
+    wrapped = {
+        "structured_outputs": {"json": deep},
+        "response_format": {"type": "json_schema", "json_schema": {"schema": deep}},
+        "tools": [deep],
+    }
+    answer = ask(
+        "/v1/completions", {"prompt": "hi", "max_tokens": 1, field: wrapped.get(field, deep)}
+    )
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_deep_messages_and_template_settings_are_refused(ask: Ask, path: str) -> None:
+    for field in ("messages", "chat_template_kwargs"):
+        deep = b'{"messages": [], "%b": %b%b}' % (
+            field.encode(),
+            b'[{"a":' * 300,
+            b"1" + b"}]" * 300,
+        )
+        assert ask(path, content=deep).status_code == 400
+
+
+def test_many_brackets_that_are_not_deep_pass(ask: Ask) -> None:
+    body = {"prompt": [[104, 105]] * 150, "max_tokens": 1}
+    assert ask("/v1/completions", body).status_code == 200
+    assert ask("/v1/completions", {"prompt": "[{" * 500, "max_tokens": 1}).status_code in (200, 400)
+
+
+def test_headers_that_are_complete_and_too_large_are_refused(ask: Ask) -> None:
+    answer = ask("/version", headers={"x-filler": "x" * bounds.MAX_HEAD_BYTES})
+    assert answer.status_code == 431
+    assert ask("/version", headers={"x-filler": "x" * 60_000}).status_code == 200
+
+
+def converse(served: Served, *parts: bytes) -> bytes:
+    """All that is answered to these bytes, until the server closes the connection."""
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=SOON_S) as connection:
+        with contextlib.suppress(ConnectionError):
+            for part in parts:
+                connection.sendall(part)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while received := connection.recv(1 << 16):
+                answer += received
+        return answer
+
+
+def test_a_head_without_end_is_not_kept(serve: Callable[..., Served]) -> None:
+    served = serve(FakeEngine())
+    endless_header = b"GET /version HTTP/1.1\r\nx: " + b"x" * (2 * bounds.MAX_HEAD_BYTES)
+    assert converse(served, endless_header, *[b"x" * 65536] * 16).startswith(b"HTTP/1.1 431 ")
+    endless_path = b"GET /" + b"x" * (2 * bounds.MAX_HEAD_BYTES)
+    assert converse(served, endless_path, *[b"x" * 65536] * 16).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_head_that_does_not_come_in_time_is_not_waited_for(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "HEAD_TIMEOUT_S", 0.1)
+    served = serve(FakeEngine())
+    whole = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+    assert converse(served, b"GET /vers").startswith(b"HTTP/1.1 408 ")
+    assert converse(served).startswith(b"HTTP/1.1 408 ")
+    answers = converse(served, whole, b"GET /version HTTP/1.1\r\nx:")
+    assert answers.startswith(b"HTTP/1.1 200 ")
+    assert b"HTTP/1.1 408 " in answers
+
+
+def test_a_body_that_does_not_come_in_time_is_not_waited_for(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.1)
+    served = serve(FakeEngine())
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 500\r\n\r\n"
+    assert converse(served, head, b'{"prompt"').startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_long_answer_outlives_the_time_for_a_head(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "HEAD_TIMEOUT_S", 0.1)
+    served = serve(FakeEngine(step_s=0.02))
+    body = {"prompt": "hi", "max_tokens": 60}
+    answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=SOON_S)
+    assert answer.json()["usage"]["completion_tokens"] == 60

@@ -16,8 +16,11 @@ import msgspec
 import pytest
 import zmq
 from tests import links
+from tests.certificates import Authority
 from tests.links import Rank, a_fetch, an_offer, blocks, complete
 
+from paceline.runtime.config import EngineConfig
+from paceline.runtime.tls import LINK_NAME, link_tls
 from paceline.runtime.transfer.messages import Cancel, Ended, LinkReady, News
 from paceline.runtime.transfer.process import FAULTS
 
@@ -141,11 +144,18 @@ class Transfer:
             time.sleep(0.002)
 
 
-@pytest.mark.parametrize("plane", ["grpc", "shm"])
+@pytest.mark.parametrize(("plane", "secure"), [("grpc", False), ("shm", False), ("grpc", True)])
 def test_kv_moves_from_process_to_process_as_it_is_computed(
-    make_link: MakeLink, plane: str
+    make_link: MakeLink, tmp_path: Path, plane: str, secure: bool
 ) -> None:
-    producer, consumer = make_link(block_size=32), make_link(data_plane=plane)
+    authority = Authority(tmp_path)
+    signed = authority.sign("link", LINK_NAME)
+    config = EngineConfig(
+        link_certfile=signed.cert, link_keyfile=signed.key, link_ca_certs=authority.path
+    )
+    tls = link_tls(config) if secure else None
+    producer = make_link(block_size=32, tls=tls)
+    consumer = make_link(data_plane=plane, tls=tls)
     address = producer.start().address
     consumer.start()
     transfer = Transfer(producer, consumer)

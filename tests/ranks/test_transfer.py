@@ -9,8 +9,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.certificates import Authority
 from tests.disaggregated import Engine, halves, text, write_apart
 
+from paceline.runtime.tls import LINK_NAME
 from paceline.runtime.types import Request, SamplingParams, TokenDelta
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -210,3 +212,36 @@ def test_a_client_that_leaves_frees_both_sides_within_a_second(engines: Engines)
     reads.client.submit([reading])  # too late: whoever wanted it has gone
     reads.wait(lambda: reads.ended(request.request_id))
     reads.wait(reads.idle, timeout_s=1.0)
+
+
+def test_engines_with_certificates_move_kv_between_each_other_and_with_no_other(
+    engines: Engines, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    signed = authority.sign("link", LINK_NAME)
+    secure = [
+        Engine.start(
+            name,
+            model=str(tiny(seed=0)),
+            dtype="float32",
+            link_certfile=signed.cert,
+            link_keyfile=signed.key,
+            link_ca_certs=authority.path,
+            transfer={"data_plane": "grpc"},
+        )
+        for name in ("reads", "writes")
+    ]
+    reads, writes = secure
+    try:
+        request = ask(40, GREEDY, drafts=0)
+        expected = text(engines("decode", 1).write(again(request, cache_salt="alone")))
+        assert text(write_apart(request, reads, writes)) == expected
+        writes.wait(lambda: writes.latest.transfers.fetched == 1)
+        open_to_all = engines("prefill", 1)
+        refused = write_apart(
+            ask(40, GREEDY, drafts=0), open_to_all, writes, recompute=False, lease_s=0.5
+        )
+        assert refused[-1].finish_reason == "error"
+    finally:
+        for each in secure:
+            each.client.close()
