@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     try:
-        args = _parser().parse_args(argv)
+        args = parser().parse_args(argv)
         code: int = args.run(args)
         return code
     except UserError as error:
@@ -124,26 +124,29 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return params
 
 
-def _parser() -> argparse.ArgumentParser:
-    from paceline.actors.commands import check_lossless, generate, serve
+def parser() -> argparse.ArgumentParser:
+    """Of all commands. Raises ConfigError, not SystemExit, for what it does not know."""
+    from paceline.actors.commands import check_lossless, doctor, generate, plan, serve, submit, top
 
     parser = _Parser(prog="paceline", description="Lossless speculative decoding on Ray.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for command in (serve, generate, check_lossless):
+    for command in (serve, generate, check_lossless, submit, plan, doctor, top):
         first_line = str(command.__doc__).splitlines()[0]
         sub = commands.add_parser(command.NAME, help=first_line, description=first_line)
         command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+        if command in (submit, plan, top):  # they start no engine from flags of ours
+            continue
         engine = sub.add_argument_group("engine")
         engine.add_argument(
             "--config", metavar="FILE.yaml", help="All of these flags, as a mapping."
         )
         _add_fields(engine, EngineConfig, skip=command.POSITIONAL)
-        if command is serve:
+        if command in (serve, doctor):
             _add_fields(sub.add_argument_group("server"), ServerConfig, skip=())
             _add_fields(sub.add_argument_group("engines that serve together"), FleetConfig, skip=())
         else:  # --seed is the engine's; a command line shows one text per prompt
             _add_fields(sub.add_argument_group("sampling"), SamplingParams, skip=("seed", "n"))
-        sub.set_defaults(run=command.run)
     return parser
 
 

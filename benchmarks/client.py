@@ -154,11 +154,17 @@ class Answer:
         self.start_s = 0.0
         self.end_s = 0.0
         """When the last event with a choice came."""
+        self.closed_s = 0.0
+        """When the body was complete."""
         self.arrivals_s: list[float] = []
         self.text: list[str] = []
         self.usage: _Usage | None = None
         self.speculation: _Speculation | None = None
         self.error: str | None = None
+        self.status: int | None = None
+        """None where no whole answer came."""
+        self.retry_after_s: float | None = None
+        """When the server would rather be asked again."""
         self.num_chunks = 0
         self._rest = b""
 
@@ -197,6 +203,7 @@ class Answer:
 
     def close(self, status: int) -> None:
         """The body is complete: say what is wrong with it, if anything is."""
+        self.status, self.closed_s = status, time.perf_counter()
         if status != 200:
             self.error = f"HTTP {status}: {_short(self._rest)}"
         elif self.error is None and not self.end_s:
@@ -229,6 +236,14 @@ class Answer:
         return [b - a for a, b in zip(self.arrivals_s, self.arrivals_s[1:], strict=False)]
 
 
+def _seconds(header: bytes) -> float | None:
+    """Of a Retry-After; None for a date, which our servers never send."""
+    try:
+        return float(header)
+    except ValueError:
+        return None
+
+
 def _short(body: bytes) -> str:
     return " ".join(body.decode(errors="replace").split())[:300]
 
@@ -249,6 +264,8 @@ class Connection(asyncio.Protocol):
         self._parser: httptools.HttpResponseParser | None = None
         self._done: asyncio.Future[int] | None = None
         self._keep = True
+        self.retry_after: bytes | None = None
+        """That header of the last answer."""
         self.on_body: Callable[[bytes], None] = lambda _: None
 
     async def exchange(self, request: bytes, on_body: Callable[[bytes], None]) -> int:
@@ -258,6 +275,7 @@ class Connection(asyncio.Protocol):
         """
         assert self._transport is not None, "a connection is made before it is used"
         self.on_body = on_body  # before the parser, which looks its callbacks up once
+        self.retry_after = None
         self._parser = httptools.HttpResponseParser(self)
         self._done = asyncio.get_running_loop().create_future()
         try:
@@ -298,6 +316,10 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         reason = f": {exc}" if exc else ""
         self._fail(ConnectionError(f"the server closed the connection within an answer{reason}"))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"retry-after":
+            self.retry_after = value
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
@@ -341,7 +363,10 @@ class Client:
         answer = Answer()
         answer.start_s = time.perf_counter()
         try:
-            answer.close(await self._exchange(head.encode() + body, answer.feed))
+            connection, status = await self._exchange(head.encode() + body, answer.feed)
+            answer.close(status)
+            if connection.retry_after is not None:
+                answer.retry_after_s = _seconds(connection.retry_after)
         except TimeoutError:
             answer.error = f"no complete answer within {self._timeout_s:g} s"
         except OSError as error:
@@ -350,19 +375,33 @@ class Client:
 
     async def get(self, path: str) -> str:
         """A whole body. Raises OSError, which TimeoutError is too, for any status but 200."""
-        parts: list[bytes] = []
         head = f"GET {self._path}{path} HTTP/1.1\r\n{self._headers}\r\n"
-        status = await self._exchange(head.encode(), parts.append)
+        return await self._whole(head.encode(), path)
+
+    async def post(self, path: str, body: bytes) -> str:
+        """Likewise."""
+        head = (
+            f"POST {self._path}{path} HTTP/1.1\r\n{self._headers}Content-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        return await self._whole(head.encode() + body, path)
+
+    async def _whole(self, request: bytes, path: str) -> str:
+        parts: list[bytes] = []
+        _, status = await self._exchange(request, parts.append)
         if status != 200:
-            raise ConnectionError(f"HTTP {status} for {path}")
+            raise ConnectionError(f"HTTP {status} for {path}: {_short(b''.join(parts))}")
         return b"".join(parts).decode()
 
-    async def _exchange(self, request: bytes, on_body: Callable[[bytes], None]) -> int:
+    async def _exchange(
+        self, request: bytes, on_body: Callable[[bytes], None]
+    ) -> tuple[Connection, int]:
+        """The connection, at rest again, and the answer's status."""
         async with asyncio.timeout(self._timeout_s):
             connection = await self._connection()
             status = await connection.exchange(request, on_body)
         self._idle.append(connection)
-        return status
+        return connection, status
 
     async def _connection(self) -> Connection:
         while self._idle:

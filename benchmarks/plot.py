@@ -88,14 +88,61 @@ def draw_bars(data: dict[str, Any], axes: list[Axes]) -> None:
     axes[0].set_xlabel("tokens per second, prompt included")
 
 
+def draw_overload(data: dict[str, Any], axes: list[Axes]) -> None:
+    """Left: completions per second, all and good ones, by load. Right: what is refused, and the wait for a first
+    token."""
+    rates, prices = axes
+    capacity = data["notes"]["capacity, requests/s"]
+    colours = {"raw": "tab:blue", "patient": "tab:orange"}
+    later = prices.twinx()
+    for clients, colour in colours.items():
+        points = [point for point in data["notes"]["points"] if point["clients"] == clients]
+        loads = [point["multiple"] for point in points]
+
+        def values(name: str, points: list[dict[str, Any]] = points) -> list[float]:
+            return [point[name] for point in points]
+
+        rates.plot(loads, values("goodput"), "o-", color=colour, label=f"{clients}, good")
+        rates.plot(loads, values("throughput"), ":", color=colour, label=f"{clients}, all")
+        prices.plot(loads, values("refused_share"), "s-", color=colour, label=f"{clients}, refused")
+        later.plot(
+            loads, values("p99_ttft_s"), "^--", color=colour, label=f"{clients}, first token"
+        )
+    loads = sorted({point["multiple"] for point in data["notes"]["points"]})
+    ideal = [capacity * min(1.0, load) for load in loads]
+    rates.plot(loads, ideal, color="grey", linewidth=1, label="asked for, up to capacity")
+    settings = data["settings"]
+    rates.set_title(
+        f"good: first token within {settings['ttft']:g} s, others {1e3 * settings['tpot']:g} ms each"
+    )
+    rates.set_ylabel("completions per second")
+    prices.set_ylabel("share of requests refused with 429 (squares)")
+    later.set_ylabel("first token, p99, s (triangles)")
+    for each in (rates, prices, later):
+        each.set_xlabel("load, in multiples of capacity")
+        each.set_ylim(bottom=0)
+    rates.legend(loc="lower right")
+    lines = [line for each in (prices, later) for line in each.get_lines()]
+    prices.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
+
+
+WIDE = ("layer_parallel", "overload")
+"""Drawn as two panels."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a benchmark's JSON.")
     parser.add_argument("file", type=Path)
     path = parser.parse_args().file
     data = json.loads(path.read_text())
-    wide = data["benchmark"] == "layer_parallel"
+    wide = data["benchmark"] in WIDE
     figure, axes = plt.subplots(1, 2 if wide else 1, figsize=(14 if wide else 9, 6), squeeze=False)
-    draw = {"layer_parallel": draw_layer_parallel, "speculation": draw_bars}.get(data["benchmark"])
+    known = {
+        "layer_parallel": draw_layer_parallel,
+        "overload": draw_overload,
+        "speculation": draw_bars,
+    }
+    draw = known.get(data["benchmark"])
     if draw is None:
         raise SystemExit(f"nothing to draw for {data['benchmark']}")
     draw(data, list(axes[0]))

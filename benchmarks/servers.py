@@ -24,10 +24,12 @@ def serving(
     ready: Callable[[str], str | None],
     deadline_s: float,
     env: Mapping[str, str] | None = None,
+    on_start: Callable[[int], None] = lambda _: None,
 ) -> Iterator[str]:
     """A server process, started, waited for and stopped; the URL it serves.
 
-    `ready` is shown all that the server has written and answers the URL once it can be used.
+    `ready` is shown all that the server has written and answers the URL once it can be used;
+    `on_start` is told the process's id.
     Raises StartError if the process ends or the deadline passes before.
     """
     with tempfile.TemporaryFile("w+") as log:
@@ -39,6 +41,7 @@ def serving(
             env={**os.environ, **(env or {})},
             start_new_session=True,  # so that what it starts can be ended with it
         )
+        on_start(process.pid)
 
         def said() -> str:
             return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(

@@ -1,0 +1,159 @@
+"""A whole plan: how a pair of models is best run on given GPUs, and what is to be expected of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from paceline.runtime.costmodel.acceptance import KEPT
+from paceline.runtime.costmodel.memory import RankMemory
+from paceline.runtime.costmodel.rounds import (
+    MOST_DRAFTS,
+    Choice,
+    Drafting,
+    Placement,
+    Setting,
+    choices,
+    engine_memory,
+    evaluate,
+)
+from paceline.runtime.costmodel.transfers import Apart, apart
+from paceline.runtime.errors import ConfigError
+
+T = TypeVar("T")
+
+WORTHWHILE = 1.05
+"""Less than that is within what the model does not know: the simpler way is advised."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a user has fixed of how to draft; None leaves it open."""
+
+    num_speculative_tokens: int | None = None
+    layer_parallel_size: int | None = None
+    draft_tensor_parallel_size: int | None = None
+    placement: Placement | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Ways to draft, compared."""
+
+    plain: Choice
+    """Without a drafter."""
+    ways: tuple[Choice, ...]
+    """The best of each layer-parallel size and placement; none without a drafter."""
+    best: Choice
+    apart: Apart
+
+    @property
+    def speedup(self) -> float:
+        """Of the best way over no speculation."""
+        return self.best.tokens_per_s / self.plain.tokens_per_s
+
+
+def make_plan(
+    setting: Setting, wish: Wish, *, prompt: int, output: int, chunk: int, num_engines: int
+) -> Plan:
+    """Raises ConfigError where the models and the KV of the batch do not fit the GPUs, and for a wish that no way to
+    draft fulfils."""
+    if setting.drafter is None and wish != Wish():
+        raise ConfigError("how to draft was given, but no --speculative-model")
+    plain = evaluate(setting, None)
+    check_fits(setting, plain.memory)
+    ways: list[Choice] = []
+    if setting.drafter is not None:
+        found = choices(
+            setting,
+            sizes=_or(wish.layer_parallel_size, tuple(KEPT)),
+            draft_ranks=_or(wish.draft_tensor_parallel_size, _powers(setting.ranks)),
+            lengths=_or(wish.num_speculative_tokens, range(1, MOST_DRAFTS + 1)),
+            placements=_or(wish.placement, ("tensor", "layer")),
+        )
+        if not found:
+            check_fits(setting, _smallest(setting, wish))
+            raise ConfigError("placement layer needs several draft ranks and layers side by side")
+        ways = _best_of_each(found)
+    best = _advised(plain, ways)
+    return Plan(
+        plain=plain,
+        ways=tuple(ways),
+        best=best,
+        apart=apart(
+            setting, best, prompt=prompt, output=output, chunk=chunk, num_engines=num_engines
+        ),
+    )
+
+
+def check_fits(setting: Setting, memory: RankMemory) -> None:
+    """Raise ConfigError, saying what is too large, where the KV of the batch finds no room."""
+    needed = setting.batch * setting.context
+    if memory.kv_tokens >= needed:
+        return
+    gpu, weights = setting.machine.gpu, (memory.target + memory.drafter) / 1e9
+    what = f"weights take {weights:.1f} GB of each {gpu.name} of {gpu.memory_bytes / 1e9:g} GB"
+    if memory.kv_room > 0:
+        what += f" and leave room for {memory.kv_tokens:,} tokens, not for {needed:,}"
+    raise ConfigError(
+        f"{what}: raise --tensor-parallel-size (now {setting.ranks}) or --gpus, or lower --context or --batch"
+    )
+
+
+def speculative_config(drafter: str, drafting: Drafting) -> str:
+    """As `--speculative-config` takes it; what is the default is left out."""
+    config: dict[str, str | int] = {
+        "model": drafter,
+        "num_speculative_tokens": drafting.num_speculative_tokens,
+        "draft_tensor_parallel_size": drafting.draft_tensor_parallel_size,
+    }
+    if drafting.layer_parallel_size > 1:
+        config["layer_parallel_size"] = drafting.layer_parallel_size
+    if drafting.placement != "tensor":
+        config["placement"] = drafting.placement
+    return json.dumps(config)
+
+
+def _or(wished: T | None, all_of_them: Sequence[T]) -> Sequence[T]:
+    return all_of_them if wished is None else (wished,)
+
+
+def _powers(ranks: int) -> list[int]:
+    """1, 2, 4, ... and all ranks."""
+    return sorted({2**i for i in range(ranks.bit_length()) if 2**i <= ranks} | {ranks})
+
+
+def _best_of_each(found: Sequence[Choice]) -> list[Choice]:
+    """`found` is sorted by speed."""
+    best: dict[tuple[int, str], Choice] = {}
+    for choice in found:
+        assert choice.drafting is not None, "expected ways to draft"
+        best.setdefault((choice.drafting.layer_parallel_size, choice.drafting.placement), choice)
+    return [best[key] for key in sorted(best, key=lambda key: (key[1] != "tensor", key[0]))]
+
+
+def _advised(plain: Choice, ways: Sequence[Choice]) -> Choice:
+    """The fastest, unless something simpler is about as fast."""
+    best = plain
+    for way in sorted(ways, key=_simplicity):
+        if way.tokens_per_s > WORTHWHILE * best.tokens_per_s:
+            best = way
+    return best
+
+
+def _simplicity(choice: Choice) -> tuple[bool, int]:
+    assert choice.drafting is not None, "expected a way to draft"
+    return (choice.drafting.placement != "tensor", choice.drafting.layer_parallel_size)
+
+
+def _smallest(setting: Setting, wish: Wish) -> RankMemory:
+    """Of all ways to draft, the one that takes least memory."""
+    drafting = Drafting(
+        num_speculative_tokens=1,
+        layer_parallel_size=wish.layer_parallel_size or 1,
+        draft_tensor_parallel_size=wish.draft_tensor_parallel_size or setting.ranks,
+        placement=wish.placement or "tensor",
+    )
+    return engine_memory(setting, drafting)
