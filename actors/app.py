@@ -27,6 +27,7 @@ from paceline.actors import handles
 from paceline.actors.coordinator import Coordinator
 from paceline.actors.placement import Place, Places, find_places
 from paceline.actors.shard import Shard
+from paceline.parallel.leftovers import sweep_after
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import EngineError, PlacementError, UserError
 from paceline.runtime.link import LinkAddress, LinkClient, Patience
@@ -37,6 +38,8 @@ from paceline.runtime.types import EngineStatus, Request, TokenDelta
 logger = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
+GONE_S = 2.0
+"""What killed actors may take to be gone."""
 STOP_EVERY_S = 0.1
 """How soon a start under way notices that it is not wanted any more."""
 
@@ -157,13 +160,14 @@ class RayEngine:
                 self._link.close()
                 self._link = None
             if ray.is_initialized():
-                handles.close(self._coordinator, self._shards, timeout_s=5.0)
+                pids = handles.close(self._coordinator, self._shards, timeout_s=5.0)
                 self._coordinator, self._shards = None, []
                 if self._place is not None:
                     self._place.release()
                     self._place = None
                 if self._owns_ray:
                     ray.shutdown()
+                sweep_after(pids, timeout_s=GONE_S)
 
     def _running(self) -> LinkClient:
         link = self._link

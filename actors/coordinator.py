@@ -55,6 +55,9 @@ class Coordinator:
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-")
         self._host = str(ray.util.get_node_ip_address())
         self._lost: str | None = None
+        self._group: ShardGroup | None = None
+        self._local = False
+        """Whether the driver is on this node."""
         self._notes = Notes()
         """Its own log is a file on its node; what it warns of is said to the driver."""
 
@@ -78,7 +81,7 @@ class Coordinator:
             if config.kv_transfer_config is not None:
                 address = self._address("links", local=ranks_here)
                 links = KvControl(address, num_ranks=len(shards))
-            group = ShardGroup(
+            group = self._group = ShardGroup(
                 config, shards, gpu=gpu, here=here, folder=self._folder.name, links=links
             )
             executor = ChannelExecutor(
@@ -89,7 +92,7 @@ class Coordinator:
             engine = make_engine(config, executor, links, max_model_len)
         except PacelineError as error:
             return Started(error=str(error), user_error=isinstance(error, UserError))
-        local = frontend_node == here
+        local = self._local = frontend_node == here
         link = LinkServer(
             self._address("commands", local=local), self._address("news", local=local)
         )
@@ -110,12 +113,14 @@ class Coordinator:
         self._thread.join()
         return self._lost
 
-    def close(self) -> None:
-        """Stop the loop and tell the shards to end."""
+    def close(self) -> list[int]:
+        """Stop the loop and tell the shards to end; their processes, where the driver is on this node
+        too."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join(timeout=CLOSE_S)
         self._folder.cleanup()
+        return [] if self._group is None or not self._local else self._group.pids
 
     def _serve(self, engine: Engine, link: LinkServer) -> None:
         self._lost = run_engine(
@@ -145,6 +150,8 @@ class ShardGroup:
         self._used: set[int] = set()
         """Processes that have been at work and have ended or will: none of them may be again."""
         self._numbers = itertools.count()
+        self.pids: list[int] = []
+        """Of those at work."""
 
     def start(self) -> ShardRanks:
         """Set all shards to work, once each is a process that has not been before. Raises
@@ -153,7 +160,8 @@ class ShardGroup:
         places = handles.places_of(
             self._shards, but=self._used, timeout_s=config.placement_timeout_s
         )
-        self._used |= {place.pid for place in places}
+        self.pids = [place.pid for place in places]
+        self._used |= set(self.pids)
         local = all(place.node_id == self._here for place in places)
         links = None if self._links is None else self._links.address
         if links is not None and links.startswith("ipc:") and not local:

@@ -192,13 +192,16 @@ def why_ended(watched: Ref) -> str | None:
 
 def close(
     coordinator: CoordinatorHandle | None, shards: list[ShardHandle], *, timeout_s: float
-) -> None:
-    """End the engine's actors: asked first, killed in any case."""
+) -> list[int]:
+    """End the engine's actors: asked first, killed in any case. Processes on this node that will be
+    gone."""
+    pids: list[int] = []
     if coordinator is not None:
         with contextlib.suppress(ray.exceptions.RayError):  # it is killed below
-            ray.get(_actor(coordinator).close.remote(), timeout=timeout_s)
+            pids = ray.get(_actor(coordinator).close.remote(), timeout=timeout_s)
     for handle in (*shards, *([coordinator] if coordinator is not None else [])):
         ray.kill(_actor(handle), no_restart=True)
+    return pids
 
 
 def _actor(handle: object) -> Any:

@@ -76,8 +76,8 @@ class Router:
         """`on_lost` is told, by the thread that polls, of each member that failed, so that another
         may be added; without it the loss of the last one is the router's own. Requests wait
         `patience_s` for an engine, and `resume_s` for another after they lost theirs. `tag` keeps the
-        names that engines know requests by apart from other routers'. A prompt with less than `min_remote_tokens` to be read, by
-        default two blocks, is never read elsewhere."""
+        names that engines know requests by apart from other routers'. A prompt with less than
+        `min_remote_tokens` to be read, by default two blocks, is never read elsewhere."""
         self._clock = clock
         self._on_lost = on_lost
         self._lock = threading.RLock()

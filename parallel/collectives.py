@@ -11,16 +11,25 @@ GPUs: NCCL.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
 import logging
 import os
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+BUILD_TIMEOUT_S = 300.0
 
 
 class Collectives(Protocol):
@@ -111,7 +120,7 @@ def shared_memory(*, rank: int, size: int) -> SharedMemory | None:
     cannot be had.
 
     Every rank of the default process group must call this; they agree on the answer. The first call
-    on a machine compiles the kernel (a minute, cached under ~/.cache/torch_extensions).
+    on a machine compiles the kernel (a minute, cached under ~/.cache/paceline).
     """
     kernel = _load_kernel(rank)
     ready = torch.tensor([kernel is not None], dtype=torch.int64)
@@ -135,7 +144,8 @@ def _load_kernel(rank: int) -> _Kernel | None:
     try:
         from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-        kernel: _Kernel = ShareMemCommBuilder().load(verbose=False)
+        with _one_builder():
+            kernel: _Kernel = ShareMemCommBuilder().load(verbose=False)
         if kernel.vector_kernel_level() < 2:
             raise RuntimeError("this processor lacks avx512bw")
         return kernel
@@ -145,6 +155,47 @@ def _load_kernel(rank: int) -> _Kernel | None:
                 "no shared-memory all-reduce (%s); using Gloo, which is slower", _first_line(error)
             )
         return None
+
+
+@contextlib.contextmanager
+def _one_builder() -> Iterator[None]:
+    """One process of this host at a time builds or loads, in a folder that no other installation uses.
+
+    Left alone, processes wait without end for the lock file of one that was killed. Raises
+    TimeoutError.
+    """
+    installation = (sys.prefix, torch.__version__, importlib.metadata.version("deepspeed"))
+    name = hashlib.sha256(repr(installation).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline"
+    folder = cache / f"deepspeed-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("TORCH_EXTENSIONS_DIR")
+    with (cache / f"deepspeed-{name}.lock").open("w") as lock:
+        _wait_for(lock)  # the kernel lets go of it whatever becomes of its holder
+        for stale in folder.rglob("lock"):
+            stale.unlink()
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+        try:
+            yield
+        finally:
+            del os.environ["TORCH_EXTENSIONS_DIR"]
+            if before is not None:
+                os.environ["TORCH_EXTENSIONS_DIR"] = before
+
+
+def _wait_for(lock: IO[str]) -> None:
+    deadline_s = time.monotonic() + BUILD_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                raise TimeoutError(
+                    f"another process has been building it for {BUILD_TIMEOUT_S:.0f} s"
+                ) from None
+            time.sleep(0.05)
+        else:
+            return
 
 
 class _Kernel(Protocol):

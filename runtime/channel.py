@@ -123,7 +123,10 @@ class PlanSender:
             if isinstance(answer, Hello):
                 raise ShardError(f"rank {answer.rank} started again in the middle of a step")
             if answer.result.error is not None:
-                raise ShardError(f"rank {answer.rank}: {answer.result.error}")
+                raise ShardError(
+                    f"rank {answer.rank}: {answer.result.error}",
+                    out_of_memory=answer.result.out_of_memory,
+                )
             if answer.rank == 0 and answer.result.step == plan.step:
                 return answer.result
 

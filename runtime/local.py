@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from paceline.parallel.launch import free_port, solo_mesh, spawn
+from paceline.parallel.leftovers import sweep
 from paceline.parallel.rank import RankSpec
 from paceline.runtime import logs, stacks
 from paceline.runtime.channel import PlanSender, RankAddresses
@@ -257,6 +258,7 @@ class LocalRanks:
         """Ends every process: asked first, then killed."""
         self.channel.close()
         _end(self._processes)
+        sweep()
         with contextlib.suppress(FileNotFoundError):
             self._folder.cleanup()
 

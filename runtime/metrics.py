@@ -1,8 +1,8 @@
-"""What Prometheus scrapes: the counters, gauges and histograms of one served engine.
+"""What Prometheus scrapes: the counters, gauges and histograms of a server.
 
-    on_status(EngineStatus) ──┐                                   ┌──> paceline:NAME
-    on_delta, on_finished ────┼──> plain numbers ── on a scrape ──┤
-                              │    (one writer)                   └──> vllm:NAME, if asked
+    on_status(EngineStatus) ──┐                             ┌──> paceline:NAME
+    on_delta, on_finished ────┴──> Counts ── on a scrape ───┤
+                                                            └──> vllm:NAME, if asked
 
 Names, labels and edges are those of vLLM, whose dashboards and autoscalers people already have: the
 edges as in vLLM 0.11, where inter_token_latency_seconds got its name, and the same since. Where
@@ -11,14 +11,17 @@ is also one of ours, so both names are views of one set of counts.
 
 Where several engines serve together, gauges and KV transfers are told of each under its own name as
 label `engine`, so that their sum is the server's; all else is the server's as a whole, engine "0".
+Once two engines have been there at a time, they keep their names: a series does not change its label
+because an engine is lost.
 
-Counts live in lists of our own and become metric families when somebody scrapes: to record a value
-is a bisection and an addition, with no lock. All `on_` methods belong to one thread; `exposition`
-may be called from any.
+The frontends of a server count into one memory, `counts.py`, and a scrape of any tells of all. What
+was counted becomes metric families when somebody scrapes: to record a value is a bisection and an
+addition, with no lock. All `on_` methods belong to one thread; `exposition` may be called from any.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,11 +29,13 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, get_args
 
+import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from paceline.runtime.counts import MOST_TOTALS, Counts, Tally
 from paceline.runtime.events import decode_s, prefill_s, queue_s, time_per_output_token_s
 from paceline.runtime.types import EngineStatus, FinishReason, Request, TransferTotals
 
@@ -152,18 +157,26 @@ VLLM_TRANSFER_TOTALS = (
 ROUTER = "router"
 """The engine label of requests that wait for an engine."""
 
-FALLS_ON_RESTART = ("num_steps", *(total.field for total in TOTALS))
+FOLLOWED = ("num_steps", *(total.field for total in TOTALS))
+"""Totals of `EngineStatus` that only grow, until the engine is started anew."""
+MOST_POSITIONS = 64
+"""As many as `num_speculative_tokens` may be."""
+TOLD = tuple(total.field for total in TRANSFER_TOTALS)
+"""Totals of `TransferTotals`."""
+REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
+assert len(FOLLOWED) + MOST_POSITIONS <= MOST_TOTALS, "expected a row to have room for all totals"
 
 
 class Distribution:
-    """A histogram's counts: entry i of `counts` is of values in (edges[i-1], edges[i]], the last
-    of those above."""
+    """A histogram: cell i of the tally counts values in (edges[i-1], edges[i]], the last but one those
+    above, and the last is their sum."""
 
-    __slots__ = ("coarse", "counts", "edges", "name", "sum", "text")
+    __slots__ = ("_tally", "coarse", "edges", "name", "text")
 
     def __init__(
         self,
         name: str,
+        counts: Counts,
         *,
         edges: Iterable[float],
         text: str,
@@ -174,30 +187,27 @@ class Distribution:
         self.edges = tuple(edges)
         assert all(low < high for low, high in pairwise(self.edges)), f"expected {name} to ascend"
         assert set(coarse or ()) <= set(self.edges), f"expected vLLM's edges among those of {name}"
-        self.counts = [0] * (len(self.edges) + 1)
-        self.sum = 0.0
+        self._tally = counts.tally(len(self.edges) + 2)
 
     def observe(self, value: float, *, times: int = 1) -> None:
-        self.counts[bisect_left(self.edges, value)] += times
-        self.sum += value * times
+        cells = self._tally.own
+        cells[bisect_left(self.edges, value)] += times
+        cells[-1] += value * times
 
     def family(self, prefix: str, labels: Sequence[str]) -> HistogramMetricFamily:
         edges = self.coarse if prefix == VLLM_PREFIX and self.coarse else self.edges
-        *below, total = accumulate(self.counts)
+        *counts, value_sum = self._tally.sums()
+        *below, total = accumulate(counts)
         up_to = dict(zip(self.edges, below, strict=True))
-        buckets = [(repr(edge), float(up_to[edge])) for edge in edges] + [("+Inf", float(total))]
+        buckets = [(repr(edge), up_to[edge]) for edge in edges] + [("+Inf", total)]
         family = HistogramMetricFamily(prefix + self.name, self.text, labels=LABELS)
-        family.add_metric(labels, buckets, self.sum)
+        family.add_metric(labels, buckets, value_sum)
         return family
 
 
-def _request_latency(name: str, *, text: str) -> Distribution:
-    edges = (*FINE_REQUEST_EDGES, *REQUEST_EDGES)
-    return Distribution(name, edges=edges, coarse=REQUEST_EDGES, text=text)
-
-
 class Metrics(Collector):
-    """One engine's metrics, in a registry of their own: several may live in one process."""
+    """What one frontend counts and tells, in a registry of its own: several may live in one
+    process."""
 
     def __init__(
         self,
@@ -207,75 +217,98 @@ class Metrics(Collector):
         engine: str = "0",
         num_speculative_tokens: int = 0,
         vllm_names: bool = False,
+        counts: Counts | None = None,
     ) -> None:
         """`num_speculative_tokens` positions exist from the start, so that a rate over the first
-        acceptance is right."""
+        acceptance is right. `counts` are those of all frontends of the server; without them this is
+        the only one."""
         self._labels = (model_name, engine)
         self._version = version
         self._prefixes = (PREFIX, VLLM_PREFIX) if vllm_names else (PREFIX,)
+        self._num_positions = num_speculative_tokens
+        self._counts = counts or Counts.private()
+        self._engines = self._counts.engines
         self._status = EngineStatus()
-        self._totals = dict.fromkeys((total.field for total in TOTALS), 0)
-        self._accepted_at = [0] * num_speculative_tokens
-        self._ended: dict[str, int] = dict.fromkeys(get_args(FinishReason), 0)
+        self._left = [0.0] * MOST_TOTALS
+        """What members of the last status that are gone said in the end, summed."""
+        self._ended = self._counts.tally(len(REASONS))
+        self._held = self._counts.tally(1)
+        """Requests that wait for an engine."""
+        self._distributions: list[Distribution] = []
         fine = (*FINE_TOKEN_EDGES, *TOKEN_EDGES)
-        self.first_token = Distribution(
+        self.first_token = self._distribution(
             "time_to_first_token_seconds",
             edges=FIRST_TOKEN_EDGES,
             coarse=FIRST_TOKEN_EDGES,
             text="From a request's arrival to its first token.",
         )
-        self.inter_token = Distribution(
+        self.inter_token = self._distribution(
             "inter_token_latency_seconds",
             edges=fine,
             coarse=TOKEN_EDGES,
             text="Between two deltas of a request; a delta holds every token of its round.",
         )
-        self.output_token = Distribution(
+        self.output_token = self._distribution(
             "request_time_per_output_token_seconds",
             edges=fine,
             coarse=TOKEN_EDGES,
             text="A request's decode time over its tokens after the first.",
         )
-        self.e2e = _request_latency(
+        self.e2e = self._request_latency(
             "e2e_request_latency_seconds", text="From a request's arrival to its end."
         )
-        self.queue = _request_latency(
+        self.queue = self._request_latency(
             "request_queue_time_seconds", text="From a request's arrival in the engine to a step."
         )
-        self.prefill = _request_latency(
+        self.prefill = self._request_latency(
             "request_prefill_time_seconds", text="From a request's first step to its first token."
         )
-        self.decode = _request_latency(
+        self.decode = self._request_latency(
             "request_decode_time_seconds", text="From a request's first token to its end."
         )
-        self.step = Distribution(
+        self.step = self._distribution(
             "step_seconds", edges=STAGE_EDGES, text="From a step's plan to its result."
         )
-        self.calibration = Distribution(
+        self.calibration = self._distribution(
             "calibration_seconds",
             edges=STAGE_EDGES,
             text="The exact drafting pass of a step, which also gives the first draft.",
         )
-        self.draft_step = Distribution(
+        self.draft_step = self._distribution(
             "draft_step_seconds", edges=STAGE_EDGES, text="All other drafting passes of a step."
         )
-        self.verify = Distribution(
+        self.verify = self._distribution(
             "verify_seconds", edges=STAGE_EDGES, text="The target's pass of a step, and its check."
         )
-        self.batch_size = Distribution(
+        self.batch_size = self._distribution(
             "step_batch_size", edges=POWERS_OF_TWO, text="Requests of a step."
         )
-        self.rows = Distribution(
+        self.rows = self._distribution(
             "step_rows", edges=POWERS_OF_TWO, text="Rows of a step's target pass."
         )
-        self.draft_length = Distribution(
+        self.draft_length = self._distribution(
             "draft_length",
             edges=DRAFT_LENGTH_EDGES,
             text="Drafts chosen for a request that drafted.",
         )
-        self._distributions = tuple(v for v in vars(self).values() if isinstance(v, Distribution))
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
+
+    def _distribution(
+        self,
+        name: str,
+        *,
+        edges: Iterable[float],
+        text: str,
+        coarse: tuple[float, ...] | None = None,
+    ) -> Distribution:
+        made = Distribution(name, self._counts, edges=edges, text=text, coarse=coarse)
+        self._distributions.append(made)
+        return made
+
+    def _request_latency(self, name: str, *, text: str) -> Distribution:
+        edges = (*FINE_REQUEST_EDGES, *REQUEST_EDGES)
+        return self._distribution(name, edges=edges, coarse=REQUEST_EDGES, text=text)
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:  # noqa: ARG002
         """What `/metrics` answers, and its content type.
@@ -314,17 +347,7 @@ class Metrics(Collector):
             waiting.add_metric(labels, status.num_waiting)
             used = status.num_blocks - status.num_free_blocks
             usage.add_metric(labels, used / status.num_blocks if status.num_blocks else 0.0)
-        if members := self._status.members:
-            left = self._status.num_waiting - sum(each.num_waiting for each in members)
-            waiting.add_metric((self._labels[0], ROUTER), max(0, left))
-        yield from (running, waiting, usage)
-
-    def _by_engine(self) -> list[tuple[tuple[str, str], EngineStatus]]:
-        """Labels and status of each engine."""
-        model, _ = self._labels
-        members = [((model, each.engine_id), each) for each in self._status.members]
-        return members or [(self._labels, self._status)]
-
+XX
     def _transfers(self, prefix: str) -> Iterator[Metric]:
         """Of engines whose KV can travel."""
         engines = [

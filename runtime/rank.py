@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from paceline.parallel.launch import join, leave
+from paceline.parallel.leftovers import sweep
 from paceline.parallel.rank import RankSpec
 from paceline.runtime import logs, stacks
 from paceline.runtime.channel import PlanReceiver, RankAddresses
@@ -30,6 +31,7 @@ def run_rank(
     """Serve plans until told to stop or `alive` is false. Failures are told to the coordinator.
     `host` is where other engines reach this rank's KV link."""
     stacks.allow()
+    sweep()
     channel = PlanReceiver(addresses.plans, rank=spec.rank)
     worker = None
     try:
