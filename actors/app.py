@@ -26,6 +26,7 @@ import zmq
 from paceline.actors import handles
 from paceline.actors.coordinator import Coordinator
 from paceline.actors.placement import Place, Places, find_places
+from paceline.actors.ray_token import TOKEN_ADVICE
 from paceline.actors.shard import Shard
 from paceline.parallel.leftovers import sweep_after
 from paceline.runtime.config import EngineConfig
@@ -255,8 +256,9 @@ def _init_ray(config: EngineConfig) -> None:
         with _interrupts_after():
             ray.init(**settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
+        token = "" if os.environ.get("RAY_AUTH_MODE") else f"; {TOKEN_ADVICE}"
         raise PlacementError(
-            f"cannot reach Ray at {address}: {str(error).splitlines()[0]}"
+            f"cannot reach Ray at {address}: {str(error).splitlines()[0]}{token}"
         ) from None
 
 

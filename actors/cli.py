@@ -1,4 +1,4 @@
-"""The command line: `paceline serve`, `generate` and `check-lossless`.
+"""The command line: `paceline serve`, `generate`, `submit`, `plan`, `doctor`, `top` and `check-lossless`.
 
 Flags are the fields of `EngineConfig`, `ServerConfig`, `FleetConfig` and `SamplingParams`, so that they
 are written once. Exit codes: 0 done, 1 the engine failed or a check did, 2 the user can mend it, 130 interrupted.
