@@ -5,8 +5,9 @@
     supervisor ──pipe── Engines ──┘     which engines there are, whenever that changes
                <─pipe── Serving, Drained, Ask, Stopped
 
-It holds no weights and no state that outlives its clients' connections: if it dies, the supervisor
-starts another on the same sockets, and clients ask again.
+It holds no weights and no state that outlives its clients' connections, but what it counted, which
+lies in memory of the supervisor's: if it dies, the supervisor starts another on the same sockets, and
+clients ask again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from paceline.actors.throughput import throughput
 from paceline.runtime import logs, stacks
 from paceline.runtime.async_llm import AsyncLLM, Observer, Observers
 from paceline.runtime.config import EngineConfig, FleetConfig, ServerConfig
+from paceline.runtime.counts import CountsMemory
 from paceline.runtime.errors import DeadlineError, EngineError, PacelineError, UserError
 from paceline.runtime.link import LinkAddress, LinkClient
 from paceline.runtime.preflight import Facts
@@ -49,8 +51,9 @@ ASK_S = 30.0
 """How long the supervisor may take to answer."""
 CLOSE_GRACE_S = 2.0
 """How long connections may take to end once their requests have."""
-KNOWN_S = 20.0
-"""How long the router may take to know the engines before the doors open."""
+KNOWN_S = 5.0
+"""How long the doors stay closed for an engine that serves but says nothing, as while its ranks are started
+anew."""
 
 
 # What the two say to each other
@@ -139,6 +142,8 @@ class FrontendSpec:
 
     name: str
     """That no other has, nor any that came before it."""
+    slot: int
+    """Its place among the frontends; that of one that ended goes to the next."""
     role: str
     """What it is called in the log."""
     facts: Facts
@@ -146,6 +151,8 @@ class FrontendSpec:
     server: ServerConfig
     settings: FleetConfig
     num_frontends: int
+    counts: CountsMemory
+    """Of all frontends."""
     logs_throughput: bool
     """One of them does."""
 
@@ -192,6 +199,7 @@ async def _serve(spec: FrontendSpec, listener: socket.socket, line: SupervisorLi
         version=http.version(),
         num_speculative_tokens=0 if speculative is None else speculative.num_speculative_tokens,
         vllm_names=server.enable_vllm_metric_names,
+        counts=spec.counts.counts(slot=spec.slot),
     )
     observers: list[Observer] = [metrics, logs.RequestLog()]
     tracer = None
@@ -216,7 +224,11 @@ async def _serve(spec: FrontendSpec, listener: socket.socket, line: SupervisorLi
         if engines.lost is not None:
             loop.call_soon_threadsafe(llm.lose, EngineError(engines.lost))
 
-    line.listen(on_engines, lambda: loop.call_soon_threadsafe(line.say, Pong()))
+    def on_ping() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: this process ends
+            loop.call_soon_threadsafe(line.say, Pong())
+
+    line.listen(on_engines, on_ping)
     app = http.make_app(llm, spec.facts, config, server, exposition=metrics.exposition, fleet=line)
     doors: list[Door] = []
     try:
@@ -247,17 +259,23 @@ async def _serve(spec: FrontendSpec, listener: socket.socket, line: SupervisorLi
 
 
 async def _until_known(llm: AsyncLLM, line: SupervisorLine) -> None:
-    """Until the router has heard from every engine that serves. Ends early when told to stop."""
+    """Until the router has heard from every engine that serves, or `KNOWN_S` were not enough: requests wait
+    for engines too. Ends early when told to stop."""
     deadline_s = None
     while not line.draining.is_set():
         known = {each.engine_id for each in llm.status().members if each.num_blocks}
-        serving = {each.engine_id for each in line.latest.engines if each.address is not None}
+        serving = {
+            each.engine_id
+            for each in line.latest.engines
+            if each.address is not None and each.state == "serving"
+        }
         if line.latest.complete and serving <= known:
             return
         if line.latest.complete and deadline_s is None:
             deadline_s = time.monotonic() + KNOWN_S
         if deadline_s is not None and time.monotonic() >= deadline_s:
-            raise DeadlineError(f"waited {KNOWN_S:.0f} s for the engines' first status")
+            logger.warning("opens without %s", ", ".join(sorted(serving - known)))
+            return
         await asyncio.sleep(0.02)
 
 
@@ -269,6 +287,7 @@ async def _until_told(llm: AsyncLLM, line: SupervisorLine) -> None:
     ]
     await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
     waiters[1].cancel()
+    line.draining.set()  # the thread that waits for it would hold up the end
     if llm.lost is not None:
         raise EngineError(f"the engine is lost: {llm.lost}")
 

@@ -31,7 +31,7 @@ from types import FrameType
 
 import msgspec
 
-from paceline.actors.engine_set import EngineSet
+from paceline.actors.engine_set import EngineSet, StartedEngine
 from paceline.actors.frontend import (
     Answer,
     Ask,
@@ -48,7 +48,9 @@ from paceline.actors.frontend import (
 )
 from paceline.runtime import stacks
 from paceline.runtime.config import EngineConfig, FleetConfig, ServerConfig
+from paceline.runtime.counts import CountsMemory
 from paceline.runtime.errors import DeadlineError, EngineError, PacelineError, UserError
+from paceline.runtime.link import LinkAddress
 from paceline.runtime.preflight import Facts
 
 logger = logging.getLogger(__name__)
@@ -78,8 +80,8 @@ class _Frontend:
     began_s: float
     num_short: int
     """Frontends in a row, of which it replaces the last, that did not last."""
-    heard_s: float = math.inf
-    """When its event loop last answered; none is waited for before its doors are open."""
+    heard_s: float
+    """When its event loop last answered."""
     pinged_s: float = 0.0
     ports: tuple[int, ...] = ()
     drained: set[str] = field(default_factory=set)
@@ -108,6 +110,7 @@ class Supervisor:
         self._facts, self._config, self._server = facts, config, server
         self._settings, self._listener = settings, listener
         self._open_engines = open_engines
+        self._counts = CountsMemory(num_slots=server.api_server_count)
         self._set: EngineSet | None = None
         self._frontends: dict[int, _Frontend] = {}
         """By slot."""
@@ -116,6 +119,10 @@ class Supervisor:
         """What threads have for the main one to do."""
         self._complete = False
         """Whether all engines that were asked for have been up."""
+        self._ready = False
+        """Whether all doors have been open: from then on a frontend that cannot go on is replaced."""
+        self._looked_s = -math.inf
+        """When the frontends were last looked at."""
         self._draining = False
         self._told: int | None = None
         """The signal that came."""
@@ -131,8 +138,9 @@ class Supervisor:
                 self._set.wait()
                 self._complete = True
                 self._publish()
-                self._until(lambda: all(each.ports for each in self._frontends.values()), OPEN_S)
+                self._until(self._all_open, OPEN_S)
                 if self._told is None:
+                    self._ready = True
                     on_ready(
                         next(iter(self._frontends.values())).ports,
                         [each.engine_id for each in self._set.engines()],
@@ -165,7 +173,7 @@ class Supervisor:
                     role=info.role,
                     state=info.state,
                     error=info.error,
-                    address=getattr(started, "address", None),
+                    address=_address(started),
                 )
             )
         return Engines(
@@ -182,12 +190,14 @@ class Supervisor:
         ours, theirs = context.Pipe()
         spec = FrontendSpec(
             name=name,
+            slot=slot,
             role=f"frontend-{slot}",
             facts=self._facts,
             config=self._config,
             server=self._server,
             settings=self._settings,
             num_frontends=self._server.api_server_count,
+            counts=self._counts,
             logs_throughput=slot == 0 and not self._server.disable_log_stats,
         )
         process = context.Process(
@@ -199,7 +209,7 @@ class Supervisor:
         process.start()
         theirs.close()
         frontend = self._frontends[slot] = _Frontend(
-            name, slot, process, ours, time.monotonic(), num_short
+            name, slot, process, ours, time.monotonic(), num_short, heard_s=time.monotonic()
         )
         threading.Thread(target=self._listen, args=(frontend,), name=name, daemon=True).start()
         frontend.say(self._engines())
@@ -213,9 +223,9 @@ class Supervisor:
         if frontend.process.is_alive():
             frontend.process.kill()
             frontend.process.join(END_S)
+        self._news.put(lambda: self._on_gone(frontend))
         if self._set is not None:
             self._set.forget(frontend.name.encode())
-        self._news.put(lambda: self._on_gone(frontend))
 
     def _hear(self, frontend: _Frontend, message: Serving | Drained | Ask | Pong | Stopped) -> None:
         match message:
@@ -255,7 +265,7 @@ class Supervisor:
         if self._draining or self._frontends.get(frontend.slot) is not frontend:
             return
         stopped = frontend.stopped
-        if stopped is not None and stopped.error is not None and not frontend.ports:
+        if not self._ready and stopped is not None and stopped.error is not None:
             kind = UserError if stopped.user_error else EngineError
             raise kind(stopped.error)
         lasted = time.monotonic() - frontend.began_s >= STEADY_S
@@ -301,16 +311,23 @@ class Supervisor:
                     f"waited {timeout_s:.0f} s for the frontends to open their doors"
                 )
 
+    def _all_open(self) -> bool:
+        open_ones = [each for each in self._frontends.values() if each.ports]
+        return len(open_ones) == self._server.api_server_count
+
     def _ping(self) -> None:
         """See that the event loop of every frontend turns; one that hangs is ended."""
         now_s = time.monotonic()
+        # this process stood still itself, as after Ctrl-Z: whoever waits for it has done no wrong
+        was_away = now_s - self._looked_s > SILENT_S / 2
+        self._looked_s = now_s
         for each in self._frontends.values():
-            if not each.ports:
-                continue
+            if was_away:
+                each.heard_s = now_s
             if now_s - each.pinged_s >= PING_S:
                 each.pinged_s = now_s
                 each.say(Ping())
-            if now_s - each.heard_s > SILENT_S:
+            if now_s - each.heard_s > (SILENT_S if each.ports else OPEN_S):
                 logger.error("%s hangs:\n%s", each.process.name, stacks.take(each.process.pid or 0))
                 each.heard_s = math.inf
                 each.process.kill()
@@ -319,9 +336,16 @@ class Supervisor:
         """Every frontend hears that no engine is left, tells its clients, and ends."""
         self._draining = True
         self._tell_all()
-        deadline_s = time.monotonic() + END_S
-        for each in self._frontends.values():
-            each.process.join(max(0.0, deadline_s - time.monotonic()))
+        self._until_ended(END_S)
+
+    def _until_ended(self, timeout_s: float) -> None:
+        """Wait for the frontends to end, and tell them of engines meanwhile."""
+        deadline_s = time.monotonic() + timeout_s
+        while any(each.process.is_alive() for each in self._frontends.values()):
+            if time.monotonic() >= deadline_s:
+                return
+            with contextlib.suppress(queue.Empty):
+                self._news.get(timeout=LOOK_S)()
 
     def _drain(self) -> int:
         """Let every frontend end, and its requests with it."""
@@ -329,9 +353,7 @@ class Supervisor:
         timeout_s = self._server.shutdown_timeout
         for each in self._frontends.values():
             each.say(Drain(timeout_s=timeout_s))
-        deadline_s = time.monotonic() + timeout_s + END_S + 10.0
-        for each in self._frontends.values():
-            each.process.join(max(0.0, deadline_s - time.monotonic()))
+        self._until_ended(timeout_s + END_S + 10.0)
         return 0
 
     def _end(self) -> None:
@@ -354,7 +376,7 @@ class Supervisor:
                     each.process.kill()
                 os._exit(130)
             self._told = number
-            if self._set is None or not any(each.ports for each in self._frontends.values()):
+            if not (self._ready or any(each.ports for each in self._frontends.values())):
                 raise KeyboardInterrupt
 
         before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -363,3 +385,11 @@ class Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _address(started: StartedEngine | None) -> LinkAddress | None:
+    """Where frontends link up with an engine; None where it is not up, or just being closed."""
+    with contextlib.suppress(EngineError):
+        address: LinkAddress | None = getattr(started, "address", None)
+        return address
+    return None

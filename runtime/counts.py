@@ -130,7 +130,7 @@ class EngineTable:
         self, name: str, totals: Sequence[float], latest: Sequence[float] = (), *, now_s: float
     ) -> None:
         """Count what an engine's totals have grown by, and keep the latest of its other numbers."""
-        if not any(totals):  # it has yet to speak: that is no fall
+        if not any(totals) and not any(latest):  # it has yet to speak: that is no fall
             return
         row = self._find(name) or self._claim(name, now_s=now_s)
         if row is None:
@@ -143,14 +143,15 @@ class EngineTable:
         for i, number in enumerate(latest):
             row.latest[i] = number
 
-    def said(self, name: str) -> list[float] | None:
-        """The totals that were last followed."""
+    def said(self, name: str) -> list[float]:
+        """The totals of an engine that were last followed; zeros if none were."""
         row = self._find(name)
-        return None if row is None else row.said
+        return [0.0] * MOST_TOTALS if row is None else row.said
 
-    def latest(self, name: str) -> Sequence[float] | None:
+    def latest(self, name: str) -> list[float]:
+        """Its other numbers; zeros if none are known."""
         row = self._find(name)
-        return None if row is None else row.latest
+        return [0.0] * MOST_LATEST if row is None else list(row.latest)
 
     def sums(self) -> list[float]:
         """What was counted of all engines there ever were."""

@@ -103,9 +103,9 @@ class Engine:
     def poll(self, wait_s: float = 1.0) -> list[TokenDelta]:  # noqa: ARG002 nothing to wait for
         """Raises EngineError where ranks cannot be started anew, or end again and again."""
         ended, self._ended = self._ended, []
-        if self.failure is not None:
-            return ended + self._restart(self.failure)
         try:
+            if self.failure is not None:
+                return ended + self._restart(self.failure)
             for end in self.links.receive() if self.links is not None else ():
                 ended += self.scheduler.transferred(end)
             return ended + (self.step() if self.scheduler.has_work else [])

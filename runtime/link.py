@@ -37,8 +37,9 @@ MAX_MESSAGE_BYTES = 1 << 28
 WATCH_EVERY_S = 0.5
 STATUS_EVERY_S = 0.1
 GREETING_S = 60.0
-SILENT_S = 10.0
-"""How much longer than its longest step an engine may be silent."""
+SILENT_S = 30.0
+"""How much longer than its longest step an engine may be silent: it takes the stacks of ranks that hang
+before it says that they are started anew."""
 MOST_BLOCKS = 1 << 17
 """Block events that are kept for whoever does not ask for the status."""
 
@@ -88,6 +89,8 @@ class LinkServer:
         self._context = zmq.Context()
         self._commands = _bound(self._context, zmq.PULL, address)
         self._news = _bound(self._context, zmq.ROUTER, news_address)
+        # a frontend that links up again goes before what is left of its last connection
+        self._news.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.address = LinkAddress(
             commands=self._commands.getsockopt_string(zmq.LAST_ENDPOINT),
             news=self._news.getsockopt_string(zmq.LAST_ENDPOINT),
@@ -95,6 +98,8 @@ class LinkServer:
         self._frontends: set[bytes] = set()
         self._new: set[bytes] = set()
         """Those that have come and were not answered."""
+        self._gone: set[bytes] = set()
+        """Those that have ended without a word: what of theirs still comes is nobody's."""
         self._asked_by: dict[str, bytes] = {}
         """Which frontend each request came from."""
         self._status_due_s = 0.0
@@ -138,6 +143,8 @@ class LinkServer:
     def _accept(self, command: Submit) -> Submit:
         """Note whose requests these are. Those under a name that is in use are answered here: they
         must not take anything from the one who uses it."""
+        if command.frontend in self._gone:
+            return msgspec.structs.replace(command, requests=())
         new = [r for r in command.requests if r.request_id not in self._asked_by]
         refused = [r.request_id for r in command.requests if r.request_id in self._asked_by]
         for request in new:
@@ -153,6 +160,7 @@ class LinkServer:
 
     def _forget(self, frontend: bytes) -> Abort:
         """Stop what a frontend asked for that is gone."""
+        self._gone.add(frontend)
         self._frontends.discard(frontend)
         self._new.discard(frontend)
         left = tuple(name for name, asker in self._asked_by.items() if asker == frontend)
@@ -215,7 +223,8 @@ class LinkServer:
                 frontend, *_ = self._news.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            self._new.add(frontend)
+            if frontend not in self._gone:
+                self._new.add(frontend)
 
     def _send(self, frontend: bytes, message: Batch | Note | Lost) -> None:
         with contextlib.suppress(zmq.ZMQError):  # that frontend is gone: so are its requests

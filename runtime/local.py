@@ -186,16 +186,18 @@ class InProcess:
         """`make` loads the worker, again where memory ran out. `links` is where its KV link finds the
         engine loop, if it shall have one."""
         self._make, self._links = make, links
-        self._worker: Worker
+        self._worker: Worker | None = None
         self.num_blocks = 0
         self.ranks: tuple[str, ...] = ()
         self.start_ranks()
 
     def step(self, plan: StepPlan) -> StepResult:
+        worker = self._worker
+        assert worker is not None, "expected start_ranks() first"
         try:
-            return self._worker.step(plan)
+            return worker.step(plan)
         except Exception as error:
-            if self._worker.mesh.world.size > 1 or not ran_out_of_memory(error):
+            if worker.mesh.world.size > 1 or not ran_out_of_memory(error):
                 raise
             return failed_step(plan, error)
 
@@ -203,17 +205,18 @@ class InProcess:
         pass
 
     def end_ranks(self) -> None:
-        self._worker.close()
-        del self._worker
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = None
 
     def start_ranks(self) -> None:
-        self._worker = self._make()
-        self.num_blocks, self.ranks = self._worker.num_blocks, (self._worker.facts(),)
+        worker = self._worker = self._make()
+        self.num_blocks, self.ranks = worker.num_blocks, (worker.facts(),)
         if self._links is not None:
-            self._worker.connect(control=self._links, host=LOCALHOST)
+            worker.connect(control=self._links, host=LOCALHOST)
 
     def close(self) -> None:
-        self._worker.close()
+        self.end_ranks()
 
 
 class LocalRanks:

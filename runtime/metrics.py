@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
+from operator import sub
 from typing import TYPE_CHECKING, get_args
 
 import msgspec
@@ -35,9 +36,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from paceline.runtime.counts import MOST_TOTALS, Counts, Tally
+from paceline.runtime.counts import MOST_TOTALS, Counts
 from paceline.runtime.events import decode_s, prefill_s, queue_s, time_per_output_token_s
-from paceline.runtime.types import EngineStatus, FinishReason, Request, TransferTotals
+from paceline.runtime.types import EngineStatus, FinishReason, Request, StepStats, TransferTotals
 
 if TYPE_CHECKING:
     from paceline.runtime.async_llm import RequestRecord
@@ -229,8 +230,8 @@ class Metrics(Collector):
         self._counts = counts or Counts.private()
         self._engines = self._counts.engines
         self._status = EngineStatus()
-        self._left = [0.0] * MOST_TOTALS
-        """What members of the last status that are gone said in the end, summed."""
+        self._left = _totals(self._status)
+        """Of the last status, the totals of engines that are gone."""
         self._ended = self._counts.tally(len(REASONS))
         self._held = self._counts.tally(1)
         """Requests that wait for an engine."""
@@ -342,16 +343,35 @@ class Metrics(Collector):
                 ("kv_cache_usage_perc", "Part of the KV blocks in use; 1 is all."),
             )
         )
+        [held] = self._held.sums()
         for labels, status in self._by_engine():
             running.add_metric(labels, status.num_running)
-            waiting.add_metric(labels, status.num_waiting)
+            waiting.add_metric(labels, status.num_waiting + (0 if self._has_names else held))
             used = status.num_blocks - status.num_free_blocks
             usage.add_metric(labels, used / status.num_blocks if status.num_blocks else 0.0)
-XX
+        if self._has_names:
+            waiting.add_metric((self._labels[0], ROUTER), held)
+        yield from (running, waiting, usage)
+
+    @property
+    def _has_names(self) -> bool:
+        """Whether engines are told apart."""
+        return self._engines.most_at_once > 1
+
+    def _by_engine(self) -> list[tuple[tuple[str, str], EngineStatus]]:
+        """Labels and status of each engine."""
+        model, _ = self._labels
+        members = self._status.members
+        if self._has_names:
+            return [((model, each.engine_id), each) for each in members]
+        if not self._engines.most_at_once:  # an engine without a router
+            return [(self._labels, self._status)]
+        return [(self._labels, members[0] if members else EngineStatus())]
+
     def _transfers(self, prefix: str) -> Iterator[Metric]:
         """Of engines whose KV can travel."""
         engines = [
-            (labels, status.transfers)
+            (labels, self._told(status))
             for labels, status in self._by_engine()
             if status.links.addresses or status.transfers != TransferTotals()
         ]
@@ -375,25 +395,34 @@ XX
                 family.add_metric(labels, [("+Inf", count)], getattr(transfers, total.field))
             yield family
 
+    def _told(self, status: EngineStatus) -> TransferTotals:
+        """How an engine's transfers are now, and their totals as all frontends tell them."""
+        totals = zip(TOLD, self._engines.latest(status.engine_id), strict=False)
+        return msgspec.structs.replace(status.transfers, **dict(totals))
+
     def _counters(self, prefix: str) -> Iterator[Metric]:
+        sums = self._engines.sums()
+        totals = dict(zip(FOLLOWED, sums, strict=False))
         for total in TOTALS:
             counter = CounterMetricFamily(prefix + total.name, total.text, labels=LABELS)
-            counter.add_metric(self._labels, self._totals[total.field])
+            counter.add_metric(self._labels, totals[total.field])
             yield counter
         counter = CounterMetricFamily(
             f"{prefix}spec_decode_num_accepted_tokens_per_pos",
             "Rounds in which the draft at this position was accepted.",
             labels=(*LABELS, "position"),
         )
-        for position, accepted in enumerate(self._accepted_at):
-            counter.add_metric((*self._labels, str(position)), accepted)
+        positions = sums[len(FOLLOWED) :][:MOST_POSITIONS]
+        most = max((i for i, accepted in enumerate(positions, start=1) if accepted), default=0)
+        for i, accepted in enumerate(positions[: max(most, self._num_positions)]):
+            counter.add_metric((*self._labels, str(i)), accepted)
         yield counter
         counter = CounterMetricFamily(
             f"{prefix}request_success",
             "Requests that ended, by how.",
             labels=(*LABELS, "finished_reason"),
         )
-        for reason, ended in self._ended.items():
+        for reason, ended in zip(REASONS, self._ended.sums(), strict=True):
             counter.add_metric((*self._labels, reason), ended)
         yield counter
 
@@ -409,7 +438,7 @@ XX
 
     def on_finished(self, record: RequestRecord) -> None:
         """Satisfies `Observer`. What never happened to a request is not timed."""
-        self._ended[record.finish_reason or "error"] += 1
+        self._ended.own[REASONS.index(record.finish_reason or "error")] += 1
         if record.finished_s is not None:
             self.e2e.observe(record.finished_s - record.arrived_s)
         if record.metrics is None:
@@ -424,20 +453,37 @@ XX
                 distribution.observe(seconds)
 
     def on_status(self, status: EngineStatus) -> None:
-        """Follow the engine's totals; one that falls is that of an engine started anew, which
-        counts from zero again."""
-        before = self._status
-        if any(getattr(status, field) < getattr(before, field) for field in FALLS_ON_RESTART):
-            before = EngineStatus()
-        self._status = status
-        for field in self._totals:
-            self._totals[field] += getattr(status, field) - getattr(before, field)
-        for position, accepted in enumerate(status.accepted_at_position):
-            if position == len(self._accepted_at):
-                self._accepted_at.append(0)
-            was = before.accepted_at_position[position : position + 1]
-            self._accepted_at[position] += accepted - (was[0] if was else 0)
-        for step in status.steps:
+        """Follow the engines' totals and steps. All frontends hear of the same, so one counts it."""
+        engines = self._engines
+        engines.note_at_once(len(status.members))
+        if engines.most_at_once:
+            self._held.own[0] = status.num_waiting - sum(e.num_waiting for e in status.members)
+        before, self._status = self._status, status
+        if self._counts.slot:
+            return
+        self._observe_steps(status.steps)
+        now_s = time.monotonic()
+        self._follow_gone(before, status, now_s=now_s)
+        for each in status.members or (() if engines.most_at_once else (status,)):
+            told = [getattr(each.transfers, field) for field in TOLD]
+            engines.follow(each.engine_id, _totals(each), told, now_s=now_s)
+
+    def _follow_gone(self, before: EngineStatus, status: EngineStatus, *, now_s: float) -> None:
+        """Count what engines said after the last status and before they went. It is left in the sum
+        over all, the router's, which knows of nobody who went before it came."""
+        members = [_totals(each) for each in status.members]
+        left = [whole - sum(parts) for whole, *parts in zip(_totals(status), *members, strict=True)]
+        there = {each.engine_id for each in status.members}
+        gone = [each.engine_id for each in before.members if each.engine_id not in there]
+        if gone:
+            final = list(map(sub, left, self._left))
+            for name in gone[1:]:  # what they said in the end goes to the first's account
+                final = list(map(sub, final, self._engines.said(name)))
+            self._engines.follow(gone[0], final, now_s=now_s)
+        self._left = left
+
+    def _observe_steps(self, steps: Iterable[StepStats]) -> None:
+        for step in steps:
             times = step.times
             self.step.observe(step.seconds)
             self.batch_size.observe(step.num_requests)
@@ -448,6 +494,13 @@ XX
                 self.calibration.observe(times.calibrate_ms / 1e3)
             if times.draft_ms:
                 self.draft_step.observe(times.draft_ms / 1e3)
-        lengths = Counter(chain.from_iterable(step.draft_lengths for step in status.steps))
+        lengths = Counter(chain.from_iterable(step.draft_lengths for step in steps))
         for length, times_chosen in lengths.items():
             self.draft_length.observe(length, times=times_chosen)
+
+
+def _totals(status: EngineStatus) -> list[float]:
+    """The row of an engine."""
+    accepted_at = status.accepted_at_position[:MOST_POSITIONS]
+    padding = [0] * (MOST_POSITIONS - len(accepted_at))
+    return [*(getattr(status, field) for field in FOLLOWED), *accepted_at, *padding]

@@ -139,13 +139,16 @@ class Attempts:
         self._retries_left = max_retries
         self._backoff_s = 0.25
         self._answered = False
+        """Whether this attempt brought something."""
+        self._begun = False
+        """Whether any did."""
         self._max_retries = max_retries
         self.number = 0
         """Of this attempt."""
 
     def on_message(self) -> None:
         """Something came."""
-        self._answered = True
+        self._answered = self._begun = True
 
     def on_news(self) -> None:
         """Something came that had not come before: whatever is lost next has all its retries."""
@@ -165,10 +168,11 @@ class Attempts:
                 raise StreamBroken(f"the stream broke: {error}") from error
             raise error
         if not _may_retry(error) or self._retries_left == 0:
-            if self._answered:
+            if self._begun:
                 raise StreamBroken(f"the stream broke: {error}") from error
             raise error
         self._retries_left -= 1
+        self._answered = False
         self.number += 1
         asked_s = error.retry_after_s if isinstance(error, Unavailable) else None
         delay_s = max(asked_s or 0.0, self._backoff_s) * (1.0 + 0.5 * self._draw())

@@ -13,7 +13,8 @@ from tests.engines import FakeEngine, fake_facts
 
 from paceline.runtime.async_llm import AsyncLLM, RequestRecord
 from paceline.runtime.config import EngineConfig
-from paceline.runtime.metrics import FINE_TOKEN_EDGES, TOKEN_EDGES, Metrics
+from paceline.runtime.counts import Counts, CountsMemory
+from paceline.runtime.metrics import FINE_TOKEN_EDGES, FOLLOWED, TOKEN_EDGES, Metrics
 from paceline.runtime.types import (
     EngineStatus,
     Event,
@@ -72,8 +73,16 @@ VLLM_REQUEST_EDGES = (
 )
 
 
-def make_metrics(*, vllm_names: bool = True, model_name: str = "m") -> Metrics:
-    return Metrics(model_name, version="1.2.3", num_speculative_tokens=3, vllm_names=vllm_names)
+def make_metrics(
+    *, vllm_names: bool = True, model_name: str = "m", counts: Counts | None = None
+) -> Metrics:
+    return Metrics(
+        model_name,
+        version="1.2.3",
+        num_speculative_tokens=3,
+        vllm_names=vllm_names,
+        counts=counts,
+    )
 
 
 def scrape(metrics: Metrics) -> dict[Sample, float]:
@@ -381,6 +390,181 @@ def test_engines_that_serve_together_are_told_of_each_and_their_sum_is_the_serve
         ("nixl_num_kv_expired_reqs_total", 0),
     ):
         assert value(metrics, f"vllm:{name}", engine="decode-0") == expected
+
+
+class Frontends:
+    """Two, each with a router of its own, over engines that say the same to both."""
+
+    def __init__(self) -> None:
+        self.memory = CountsMemory(num_slots=2)
+        self.counts = self.memory.counts(slot=1)
+        self.metrics = [self._make(slot) for slot in range(2)]
+        self.left = [0, 0]
+        """Tokens of engines that are gone, as each router knows of them."""
+        self.engines = {"engine-0": 0}
+        """Tokens written so far."""
+        self.unseen = False
+        """Whether an engine has gone since the first heard a status."""
+
+    def _make(self, slot: int) -> Metrics:
+        return make_metrics(vllm_names=False, counts=self.memory.counts(slot=slot))
+
+    def hear(self, slot: int) -> None:
+        members = tuple(
+            EngineStatus(engine_id=name, num_steps=tokens, generation_tokens=tokens, num_waiting=1)
+            for name, tokens in self.engines.items()
+        )
+        total = self.left[slot] + sum(self.engines.values())
+        self.metrics[slot].on_status(
+            EngineStatus(
+                num_steps=total,
+                generation_tokens=total,
+                num_waiting=len(members) + slot,
+                members=members,
+            )
+        )
+        if slot == 0:
+            self.unseen = False
+
+    def lose(self, name: str) -> None:
+        tokens = self.engines.pop(name)
+        self.left = [left + tokens for left in self.left]
+        self.unseen = True
+
+    def die(self, slot: int) -> None:
+        """Another takes its place, and hears of engines as they come to be known."""
+        self.metrics[slot] = self._make(slot)
+        self.left[slot] = 0
+        self.metrics[slot].on_status(EngineStatus())
+
+    def tokens(self) -> float:
+        """As any frontend would tell."""
+        return self.counts.engines.sums()[FOLLOWED.index("generation_tokens")]
+
+
+def test_requests_of_all_frontends_are_told_by_each_and_outlive_it() -> None:
+    frontends = Frontends()
+    for slot, seconds in ((0, 0.002), (1, 0.004), (1, 3.0)):
+        frontends.metrics[slot].first_token.observe(seconds)
+        frontends.metrics[slot].on_finished(record(reason="length"))
+    frontends.die(1)
+    frontends.metrics[1].first_token.observe(0.001)
+    for each in frontends.metrics:
+        name = "paceline:time_to_first_token_seconds"
+        assert value(each, f"{name}_count") == 4
+        assert value(each, f"{name}_sum") == pytest.approx(3.007)
+        assert value(each, f"{name}_bucket", le="0.005") == 3
+        assert value(each, "paceline:request_success_total", finished_reason="length") == 3
+        assert value(each, "paceline:e2e_request_latency_seconds_sum") == 15
+
+
+def test_what_engines_say_to_all_frontends_is_counted_once() -> None:
+    frontends = Frontends()
+    transfers = TransferTotals(fetched=2, num_bytes=5)
+    engine = EngineStatus(engine_id="engine-0", num_steps=2, drafted=8, transfers=transfers)
+    whole = EngineStatus(num_steps=2, drafted=8, steps=(step(), step()), members=(engine,))
+    later = EngineStatus(
+        num_steps=3,
+        drafted=9,
+        steps=(step(),),
+        members=(
+            EngineStatus(
+                engine_id="engine-0",
+                num_steps=3,
+                drafted=9,
+                transfers=TransferTotals(fetched=3, num_bytes=6),
+            ),
+        ),
+    )
+    first, second = frontends.metrics
+    for each in (first, second):
+        each.on_status(whole)
+    second.on_status(later)  # told before the first has heard it: what is scraped must not fall
+    for each in (first, second):
+        assert value(each, "paceline:spec_decode_num_draft_tokens_total") == 8
+        assert value(each, "paceline:step_seconds_count") == 2
+        assert value(each, "paceline:kv_transfer_bytes_total") == 5
+
+
+Happening = tuple[str, int]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["write", "hear", "hear other", "come", "lose", "die", "die other"]),
+            st.integers(0, 9),
+        ),
+        max_size=25,
+    )
+)
+def test_whatever_dies_counters_neither_fall_nor_count_twice(happenings: list[Happening]) -> None:
+    frontends = Frontends()
+    written, before, num_engines = 0, 0.0, 1
+    for what, number in happenings:
+        names = list(frontends.engines)
+        name = names[number % len(names)] if names else None
+        if what == "write" and name is not None:
+            frontends.engines[name] += number
+            written += number
+        elif what == "come":
+            frontends.engines[f"engine-{num_engines}"] = 0
+            num_engines += 1
+        elif what == "lose" and name is not None:
+            frontends.hear(0)  # an engine nobody had heard of is not missed
+            frontends.engines[name] += number
+            written += number
+            frontends.lose(name)
+        elif what == "hear":
+            frontends.hear(0)
+            assert frontends.tokens() == written
+        elif what == "hear other":
+            frontends.hear(1)
+        elif what == "die":
+            if frontends.unseen:  # its successor would have nobody to hear it from
+                frontends.hear(0)
+            frontends.die(0)
+        elif what == "die other":
+            frontends.die(1)
+        assert before <= frontends.tokens() <= written
+        before = frontends.tokens()
+    frontends.hear(0)
+    assert frontends.tokens() == written
+    told = [value(each, "paceline:generation_tokens_total") for each in frontends.metrics]
+    assert told == [written] * 2
+
+
+def test_an_engine_alone_has_no_name_and_two_keep_theirs() -> None:
+    frontends = Frontends()
+    waiting = "paceline:num_requests_waiting"
+
+    def labels() -> list[set[str]]:
+        for slot in range(2):
+            frontends.hear(slot)
+        return [
+            {dict(found)["engine"] for name, found in scrape(each) if name == waiting}
+            for each in frontends.metrics
+        ]
+
+    assert labels() == [{"0"}] * 2
+    # what waits in the second's router waits for all
+    assert [value(each, waiting) for each in frontends.metrics] == [2, 2]
+    frontends.engines["engine-1"] = 0
+    labels()
+    assert labels() == [{"engine-0", "engine-1", "router"}] * 2
+    frontends.lose("engine-0")
+    frontends.die(1)
+    assert labels() == [{"engine-1", "router"}] * 2
+    assert [value(each, waiting, engine="router") for each in frontends.metrics] == [1, 1]
+
+
+def test_positions_past_all_that_can_be_drafted_do_no_harm() -> None:
+    metrics = make_metrics()
+    metrics.on_status(EngineStatus(num_steps=1, accepted_at_position=(2,) * 100))
+    name = "paceline:spec_decode_num_accepted_tokens_per_pos_total"
+    found = [v for (sample, _), v in scrape(metrics).items() if sample == name]
+    assert found == [2] * 64
 
 
 def test_an_engine_without_links_has_no_transfers_to_tell_of() -> None:

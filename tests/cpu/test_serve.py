@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from paceline.actors.throughput import throughput
 from paceline.runtime.types import EngineStatus, TransferTotals
@@ -129,6 +131,79 @@ def test_what_outlasts_the_timeout_is_aborted(start: Start) -> None:
         process.send_signal(signal.SIGTERM)
         assert '"finish_reason":"abort"' in "".join(pieces)
     assert process.wait(SOON_S) == 0
+
+
+def frontends_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """That of slot 0 first, until one is replaced."""
+    children = psutil.Process(process.pid).children()
+    found = [each for each in children if "--multiprocessing-fork" in each.cmdline()]
+    return sorted(found, key=lambda each: each.create_time())
+
+
+@contextlib.contextmanager
+def only(one: psutil.Process, frontends: list[psutil.Process]) -> Iterator[None]:
+    """Have one of them answer whatever comes."""
+    others = [each for each in frontends if each != one]
+    for each in others:
+        each.suspend()
+    try:
+        yield
+    finally:
+        for each in others:
+            each.resume()
+
+
+Series = tuple[str, frozenset[tuple[str, str]]]
+
+
+def counters(url: str) -> dict[Series, float]:
+    families = parse_text(httpx.get(f"{url}/metrics", timeout=SOON_S).text)
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        if family.type in ("counter", "histogram")
+        for sample in family.samples
+    }
+
+
+def test_every_frontend_tells_what_all_have_counted_even_those_that_died(start: Start) -> None:
+    process = start("--port", "0", "--api-server-count", "2")
+    url = url_of(process)
+    frontends = frontends_of(process)
+    labels = frozenset({("engine", "0"), ("model_name", "embedded")})
+    tokens = ("paceline:generation_tokens_total", labels)
+    ended = ("paceline:e2e_request_latency_seconds_count", labels)
+
+    def ask() -> None:
+        body = {"prompt": "hi", "max_tokens": 6}
+        httpx.post(f"{url}/v1/completions", json=body, timeout=SOON_S).raise_for_status()
+
+    def wait_for(num_requests: int) -> dict[Series, float]:
+        deadline = time.monotonic() + SOON_S
+        before: dict[Series, float] = {}
+        while True:
+            found = counters(url)
+            assert all(found[name] >= was for name, was in before.items()), "a counter fell"
+            if found[tokens] == 6 * num_requests:
+                return found
+            assert time.monotonic() < deadline, found
+            before = found
+            time.sleep(0.05)
+
+    for one in frontends:
+        with only(one, frontends):
+            ask()
+    told = [wait_for(2)]
+    for one in frontends:
+        with only(one, frontends):
+            told.append(counters(url))
+    assert told[0] == told[1] == told[2]
+    assert told[0][ended] == 2
+    frontends[0].kill()  # that which writes down what the engine says
+    ask()
+    after = wait_for(3)
+    assert all(after[name] >= was for name, was in told[0].items())
+    assert after[ended] == 3
 
 
 def test_a_lost_engine_ends_it_with_1_and_a_line(start: Start) -> None:
