@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from tests.ray.cluster import Cluster, started_cluster
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -21,6 +22,13 @@ def environment(**extra: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**clean, "PATH": path, "RAY_AUTH_MODE": "disabled", **extra}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes with two CPUs each, for all tests that want them."""
+    with started_cluster(environment()) as started:
+        yield started
 
 
 @pytest.fixture
