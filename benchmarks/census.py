@@ -63,7 +63,7 @@ class Census:
         for engine in self.engines:
             known |= {engine.process.pid, *(each.process.pid for each in engine.ranks)}
             known |= {link.pid for link in engine.links}
-        found = {each.pid: each for each in (*_children(me), *_marked(mark))}
+        found = {each.pid: each for each in (*_children(me), *marked(mark))}
         return [
             each
             for pid, each in found.items()
@@ -170,7 +170,8 @@ def _kind(process: psutil.Process) -> str:
     return next((kind for kind in (_LINK, _TRACKER, _CHILD) if kind in text), "")
 
 
-def _marked(mark: str) -> Iterator[psutil.Process]:
+def marked(mark: str) -> Iterator[psutil.Process]:
+    """All processes of this machine that bear a mark, whatever has become of their parents."""
     wanted = f"{MARK}={mark}".encode()
     for process in psutil.process_iter():
         with contextlib.suppress(OSError):  # gone, or another user's

@@ -126,6 +126,23 @@ def draw_overload(data: dict[str, Any], axes: list[Axes]) -> None:
     prices.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
 
 
+def draw_chaos(data: dict[str, Any], axes: list[Axes]) -> None:
+    """When what was struck, and how long until all was whole again."""
+    strikes = [row for row in data["rows"] if row["row"] == "strike" and row["whole_s"] is not None]
+    for kind in dict.fromkeys(row["kind"] for row in strikes):
+        dealt = [row for row in strikes if row["kind"] == kind]
+        axes[0].plot(
+            [row["at_s"] / 60 for row in dealt],
+            [row["whole_s"] for row in dealt],
+            "o",
+            label=f"{kind}, {len(dealt)}",
+        )
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_xlabel("minutes of load")
+    axes[0].set_ylabel("seconds until all was whole again")
+    axes[0].legend(loc="best")
+
+
 WIDE = ("layer_parallel", "overload")
 """Drawn as two panels."""
 
@@ -138,6 +155,7 @@ def main() -> None:
     wide = data["benchmark"] in WIDE
     figure, axes = plt.subplots(1, 2 if wide else 1, figsize=(14 if wide else 9, 6), squeeze=False)
     known = {
+        "chaos": draw_chaos,
         "layer_parallel": draw_layer_parallel,
         "overload": draw_overload,
         "speculation": draw_bars,

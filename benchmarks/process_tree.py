@@ -35,6 +35,8 @@ _RAYS_OWN = (
     "ray::IDLE",
 )
 """What their command lines hold, the first that fits being the name."""
+RAYS_OWN = "Ray: "
+"""How their names begin."""
 
 
 class Sample(NamedTuple):
@@ -120,28 +122,31 @@ class ProcessTree:
         return seen
 
     def _watch(self, process: psutil.Process) -> Watched:
-        name = self._name(process)
-        return Watched(pid=process.pid, name=name, is_rays=name.startswith("Ray: "))
+        name = name_of(process, root=self._root, port=self._port)
+        return Watched(pid=process.pid, name=name, is_rays=name.startswith(RAYS_OWN))
 
-    def _name(self, process: psutil.Process) -> str:
-        words = process.cmdline()
-        line = " ".join(words)
-        if process == self._root:
-            return "supervisor"
-        if "paceline.runtime.transfer.process" in line:
-            return "link"
-        for own in _RAYS_OWN:
-            if own in line:
-                return f"Ray: {own.removesuffix('.py')}"
-        if words and words[0].startswith("ray::"):
-            return words[0].split(".")[0].split()[0].removeprefix("ray::")
-        if "resource_tracker" in line:
-            return "resource tracker"
-        if "spawn_main" not in line:
-            return Path(words[0]).name if words else process.name()
-        if any(each.laddr.port == self._port for each in process.net_connections("tcp")):
-            return "frontend"
-        return "engine" if process.ppid() == self._root.pid else "rank"
+
+def name_of(process: psutil.Process, *, root: psutil.Process, port: int) -> str:
+    """What a process of a server is. Frontends are told from engines by their `port`. Raises
+    psutil.Error for one that is gone."""
+    words = process.cmdline()
+    line = " ".join(words)
+    if process == root:
+        return "supervisor"
+    if "paceline.runtime.transfer.process" in line:
+        return "link"
+    for own in _RAYS_OWN:
+        if own in line:
+            return f"{RAYS_OWN}{own.removesuffix('.py')}"
+    if words and words[0].startswith("ray::"):
+        return words[0].split(".")[0].split()[0].removeprefix("ray::")
+    if "resource_tracker" in line:
+        return "resource tracker"
+    if "spawn_main" not in line:
+        return Path(words[0]).name if words else process.name()
+    if any(each.laddr.port == port for each in process.net_connections("tcp")):
+        return "frontend"
+    return "engine" if process.ppid() == root.pid else "rank"
 
 
 def slope(samples: Sequence[Sample], what: str) -> Slope:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 
 class StartError(Exception):
@@ -25,17 +26,20 @@ def serving(
     deadline_s: float,
     env: Mapping[str, str] | None = None,
     on_start: Callable[[int], None] = lambda _: None,
+    on_end: Callable[[int | None], None] = lambda _: None,
+    log: str | None = None,
 ) -> Iterator[str]:
     """A server process, started, waited for and stopped; the URL it serves.
 
     `ready` is shown all that the server has written and answers the URL once it can be used;
-    `on_start` is told the process's id.
+    `on_start` is told the process's id, `on_end` its exit code, None if it did not end, before what it
+    left behind is ended. What it writes goes to the file `log`, if that is to be kept.
     Raises StartError if the process ends or the deadline passes before.
     """
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+") if log is None else Path(log).open("w+") as written:
         process = subprocess.Popen(
             command,
-            stdout=log,
+            stdout=written,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**os.environ, **(env or {})},
@@ -44,9 +48,8 @@ def serving(
         on_start(process.pid)
 
         def said() -> str:
-            return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(
-                errors="replace"
-            )
+            size = os.fstat(written.fileno()).st_size
+            return os.pread(written.fileno(), size, 0).decode(errors="replace")
 
         try:
             deadline = time.monotonic() + deadline_s
@@ -58,7 +61,7 @@ def serving(
                 time.sleep(0.1)
             yield url
         finally:
-            _stop(process)
+            _stop(process, on_end)
 
 
 def ready_line(said: str) -> str | None:
@@ -78,10 +81,11 @@ def _reason(said: str) -> str:
     return (errors or lines or ["it wrote nothing"])[-1][:400]
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], on_end: Callable[[int | None], None]) -> None:
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=45)
+    on_end(process.returncode)
     with contextlib.suppress(ProcessLookupError):  # what it left behind
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
