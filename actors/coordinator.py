@@ -17,6 +17,7 @@ import threading
 import ray
 
 from paceline.actors import handles
+from paceline.parallel import leftovers
 from paceline.parallel.rank import RankSpec
 from paceline.runtime import logs, stacks
 from paceline.runtime.channel import PlanSender, RankAddresses
@@ -52,7 +53,7 @@ class Coordinator:
     def __init__(self) -> None:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="paceline-")
+        self._folder = tempfile.TemporaryDirectory(prefix=leftovers.prefix())
         self._host = str(ray.util.get_node_ip_address())
         self._lost: str | None = None
         self._group: ShardGroup | None = None
@@ -147,7 +148,7 @@ class ShardGroup:
         """`here` is this node's id."""
         self._config, self._shards, self._gpu = config, shards, gpu
         self._here, self._folder, self._links = here, folder, links
-        self._used: set[int] = set()
+        self._used: set[handles.ShardPlace] = set()
         """Processes that have been at work and have ended or will: none of them may be again."""
         self._numbers = itertools.count()
         self.pids: list[int] = []
@@ -161,7 +162,7 @@ class ShardGroup:
             self._shards, but=self._used, timeout_s=config.placement_timeout_s
         )
         self.pids = [place.pid for place in places]
-        self._used |= set(self.pids)
+        self._used |= set(places)
         local = all(place.node_id == self._here for place in places)
         links = None if self._links is None else self._links.address
         if links is not None and links.startswith("ipc:") and not local:

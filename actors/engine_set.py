@@ -113,6 +113,10 @@ class _Engine:
     started: StartedEngine | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     """Set when it is not wanted any more."""
+    ended: threading.Event = field(default_factory=threading.Event)
+    """Set once it holds nothing any more."""
+    after: threading.Event | None = None
+    """When what it replaces has ended: not before that there may be room for it."""
 
 
 class EngineSet:
@@ -279,11 +283,13 @@ class EngineSet:
 
     # -------------------------------------------------------------------------------- an engine's thread
 
-    def _begin(self, role: EngineRole, *, num_short: int = 0) -> _Engine:
+    def _begin(
+        self, role: EngineRole, *, num_short: int = 0, after: threading.Event | None = None
+    ) -> _Engine:
         """Start an engine in a thread of its own. With the lock held."""
         name = "engine" if role == "both" else role
         engine_id, self._given_id = self._given_id or f"{name}-{next(self._numbers[role])}", None
-        engine = _Engine(engine_id, role, num_short)
+        engine = _Engine(engine_id, role, num_short, after=after)
         self._engines[engine.engine_id] = engine
         thread = threading.Thread(
             target=self._live, args=(engine,), name=f"engine {engine.engine_id}", daemon=True
@@ -301,7 +307,10 @@ class EngineSet:
             if self._enter(engine, started):
                 self._watch(engine, started)
         finally:
-            started.close()
+            try:
+                started.close()
+            finally:
+                engine.ended.set()
 
     def _bring_up(self, engine: _Engine) -> StartedEngine | None:
         """Start an engine; one in place of another until it is up or nobody wants it."""
@@ -312,6 +321,9 @@ class EngineSet:
             engine_id=engine.engine_id,
             linked=self.linked,
         )
+        while engine.after is not None and not engine.after.wait(WATCH_S):
+            if engine.stop.is_set():
+                return None
         first_s, most_s = self._backoff_s
         replaces = engine.num_short > 0
         while True:
@@ -350,6 +362,9 @@ class EngineSet:
                 started.watch(WATCH_S)
             except EngineError as lost:
                 error = lost
+            except Exception as unknown:  # whatever it is, others serve on
+                logger.exception("engine %s cannot be watched", engine.engine_id)
+                error = EngineError(f"{type(unknown).__name__}: {unknown}")
             if engine.state == "draining" and self._clock() >= engine.drains_until_s:
                 logger.warning(
                     "engine %s has not drained in %g s: what it has goes on elsewhere",
@@ -373,7 +388,7 @@ class EngineSet:
         if self._settings.restart_engines:
             lasted = self._clock() - engine.served_since_s >= STEADY_S
             num_short = 1 if lasted else max(1, engine.num_short) + 1
-            other = self._begin(engine.role, num_short=num_short)
+            other = self._begin(engine.role, num_short=num_short, after=engine.ended)
             logger.warning("engine %s starts in place of %s", other.engine_id, engine.engine_id)
         elif all(each.role == "prefill" for each in self._engines.values()):
             self._lost = error

@@ -78,7 +78,7 @@ def places_of(
     shards: Sequence[ShardHandle | CoordinatorHandle],
     *,
     timeout_s: float,
-    but: Collection[int] = (),
+    but: Collection[ShardPlace] = (),
 ) -> list[ShardPlace]:
     """Where every shard is, once none of them is one of the processes `but` which it must not be."""
     deadline_s = time.monotonic() + timeout_s
@@ -99,8 +99,9 @@ def places_of(
             except ray.exceptions.RayError as error:
                 raise EngineError(f"while waiting for shards: {_brief(error)}") from None
             else:
-                if where[2] not in but:
-                    places[index] = ShardPlace(*where)
+                place = ShardPlace(*where)
+                if place not in but:
+                    places[index] = place
         if len(places) < len(shards):
             if time.monotonic() >= deadline_s:
                 raise DeadlineError(f"waited {timeout_s:.0f} s for shards to start")

@@ -4,11 +4,13 @@
                          ^                            │
                          └── what the router has lost ┘  linked up with again, if it is still wanted
 
-What is wanted is stated whole each time, so no message about a change can be missed.
+What is wanted is stated whole each time, so no message about a change can be missed. Each engine is
+linked up with by a thread of its own: one whose ranks are being started anew does not answer for a while.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -49,6 +51,8 @@ class MemberKeeper:
         """Told to the router."""
         self._reported: set[str] = set()
         """Told to `on_drained`."""
+        self._linking: set[str] = set()
+        """Those that a thread is linking up with."""
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="members", daemon=True)
@@ -85,33 +89,49 @@ class MemberKeeper:
                     self._changed.wait(AGAIN_S)
 
     def _reconcile(self, wanted: dict[str, Wanted]) -> None:
-        there = set(self._router.member_ids)
+        with self._changed:
+            linking = set(self._linking)
+        there = set(self._router.member_ids)  # now: who is linked up with by now is there
         for engine_id in there - wanted.keys():
-            self._router.remove_member(engine_id)
+            with contextlib.suppress(KeyError):  # the router has just lost it
+                self._router.remove_member(engine_id)
         for each in wanted.values():
+            if each.engine_id in linking:
+                continue
             if each.draining:
                 self._drain(each.engine_id, is_there=each.engine_id in there)
             elif each.engine_id not in there:
-                self._add(each)
+                self._link(each)
         self._draining &= wanted.keys()
         self._reported &= wanted.keys()
 
     def _drain(self, engine_id: str, *, is_there: bool) -> None:
         if is_there and engine_id not in self._draining:
             self._draining.add(engine_id)
-            self._router.drain_member(engine_id)
+            with contextlib.suppress(KeyError):  # the router has just lost it
+                self._router.drain_member(engine_id)
         elif not is_there and engine_id not in self._reported:
             self._reported.add(engine_id)
             self._on_drained(engine_id)
 
+    def _link(self, each: Wanted) -> None:
+        with self._changed:
+            self._linking.add(each.engine_id)
+        name = f"link {each.engine_id}"
+        threading.Thread(target=self._add, args=(each,), name=name, daemon=True).start()
+
     def _add(self, each: Wanted) -> None:
+        """A thread's: it may wait for long."""
         try:
             client = each.link()
+            try:
+                self._router.add_member(Member(each.engine_id, each.role, client))
+            except BaseException:
+                client.close()
+                raise
         except EngineError as error:
-            logger.warning("cannot link up with engine %s: %s", each.engine_id, error)
-            return
-        try:
-            self._router.add_member(Member(each.engine_id, each.role, client))
-        except BaseException:
-            client.close()
-            raise
+            if not self._closing.is_set():
+                logger.warning("cannot link up with engine %s: %s", each.engine_id, error)
+        finally:
+            with self._changed:
+                self._linking.discard(each.engine_id)

@@ -63,6 +63,8 @@ BACKOFF_S = (0.05, 10.0)
 """First and longest wait before a frontend is started again that did not last."""
 STEADY_S = 30.0
 LOOK_S = 0.2
+TWICE_S = 0.5
+"""Who stops a job may signal its process and its process group: that is one signal."""
 PING_S = 1.0
 SILENT_S = 15.0
 """How long the event loop of a frontend may stand still."""
@@ -124,6 +126,7 @@ class Supervisor:
         self._looked_s = -math.inf
         """When the frontends were last looked at."""
         self._draining = False
+        self._told_s = 0.0
         self._told: int | None = None
         """The signal that came."""
 
@@ -371,11 +374,14 @@ class Supervisor:
         ends the process."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            now_s = time.monotonic()
             if self._told is not None:
+                if now_s - self._told_s < TWICE_S:
+                    return
                 for each in self._frontends.values():
                     each.process.kill()
                 os._exit(130)
-            self._told = number
+            self._told, self._told_s = number, now_s
             if not (self._ready or any(each.ports for each in self._frontends.values())):
                 raise KeyboardInterrupt
 

@@ -15,6 +15,8 @@ how any is done.
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 MOST_IN_VAIN = 5
 """How often ranks are started anew without a token in between."""
+IDLE_STEP_S = 10.0
+"""After so long without one, an idle engine takes a step."""
 LINKS_S = 60.0
 """How long the KV links of new ranks may take to serve."""
 
@@ -62,7 +66,12 @@ class Engine:
     """
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, *, links: KvControl | None = None
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        links: KvControl | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`links` lead to the ranks' KV links."""
         self.scheduler = scheduler
@@ -74,6 +83,8 @@ class Engine:
         """Why the ranks are to be started anew, by the next `poll`."""
         self._ended: list[TokenDelta] = []
         """Terminal deltas of requests that no step ended."""
+        self._clock = clock
+        self._stepped_s = clock()
         self._num_restarts = 0
         self._in_vain = 0
         """Restarts since there was a token."""
@@ -118,8 +129,9 @@ class Engine:
         plan = self.scheduler.schedule()
         self._order()  # before the step: links follow it layer by layer
         self.stalled = not (plan.scheduled or plan.finished)
-        if self.stalled:
+        if self.stalled and self.scheduler.has_work:
             return []
+        self._stepped_s = self._clock()
         result = self.executor.step(plan)
         if result.error is not None:
             raise ShardError(result.error, out_of_memory=result.out_of_memory)
@@ -130,9 +142,12 @@ class Engine:
         return deltas
 
     def check(self) -> None:
-        """Look whether all ranks live; asked while there is nothing to do."""
+        """Look whether all ranks live, and now and then whether they work; asked while there is nothing
+        to do."""
         try:
             self.executor.check()
+            if self._clock() - self._stepped_s >= IDLE_STEP_S:
+                self.step()  # of nobody: a rank that hangs is found before somebody waits for it
         except ShardError as error:
             self._fail(error)
 

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -36,8 +37,9 @@ from paceline.runtime.errors import (
 )
 from paceline.runtime.executor import ChannelExecutor
 from paceline.runtime.link import LinkAddress, LinkClient, LinkServer, Patience
+from paceline.runtime.orphans import end_with_parent
 from paceline.runtime.preflight import Facts
-from paceline.runtime.rank import failed_step, local_rank, ran_out_of_memory
+from paceline.runtime.rank import ORPHAN_S, failed_step, local_rank, ran_out_of_memory
 from paceline.runtime.transfer.control import KvControl
 from paceline.runtime.types import StepPlan, StepResult
 from paceline.runtime.worker import Worker
@@ -66,10 +68,22 @@ def connect(
     (process,) = spawn(_engine_process, args=[args], daemon=False)
     theirs.close()
 
+    pid, ended = process.pid or 0, ""
+
+    def gone() -> str | None:
+        if ended or process.is_alive():
+            return ended or None
+        return f"the engine ended with exit code {process.exitcode}"
+
     def close() -> None:
+        nonlocal ended
         atexit.unregister(close)
-        if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, signal.SIGTERM)
+        if ended:
+            return
+        if process.is_alive():
+            os.kill(pid, signal.SIGTERM)
+        process.join(GRACE_S)
+        ended = gone() or "the engine is closed"
         _end([process])
         folder.cleanup()
 
@@ -88,7 +102,7 @@ def connect(
         close()
         if isinstance(failure, PacelineError):
             raise
-        raise EngineError(f"the engine ended with exit code {process.exitcode}") from None
+        raise EngineError(ended) from None
     except BaseException:
         close()
         raise
@@ -97,14 +111,12 @@ def connect(
         raise (UserError if user_error else EngineError)(error)
     return LinkClient(
         LinkAddress(commands=address_given[0], news=address_given[1]),
-        watch=lambda: (
-            None if process.is_alive() else f"the engine ended with exit code {process.exitcode}"
-        ),
+        watch=gone,
         on_close=close,
         patience=Patience(
             step_s=config.step_timeout_s,
             restart_s=config.load_timeout_s,
-            stacks=lambda: stacks.take(process.pid or 0),
+            stacks=lambda: stacks.take(pid),
         ),
     )
 
@@ -113,9 +125,10 @@ def _engine_process(
     config: EngineConfig, max_model_len: int, folder: str, ready: Connection
 ) -> None:
     """Load, say so, serve until told to stop or the parent is gone. All its files lie in `folder`,
-    which the parent takes away, however this process ends."""
+    which the parent takes away, however this process ends, or this one if the parent is gone."""
     parent, stopped = os.getppid(), False
     tempfile.tempdir = folder
+    end_with_parent(grace_s=ORPHAN_S, first=lambda: shutil.rmtree(folder, ignore_errors=True))
 
     def stop(*_: object) -> None:
         nonlocal stopped
@@ -143,6 +156,8 @@ def _engine_process(
     ready.send(((link.address.commands, link.address.news), None, False))
     ready.close()
     run_engine(engine, link, wanted=lambda: not stopped and os.getppid() == parent)
+    if os.getppid() != parent:  # which can take its folder away no more
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _engine(config: EngineConfig, *, max_model_len: int) -> Engine:
@@ -261,6 +276,7 @@ class LocalRanks:
         """Ends every process: asked first, then killed."""
         self.channel.close()
         _end(self._processes)
+        self._processes = []
         sweep()
         with contextlib.suppress(FileNotFoundError):
             self._folder.cleanup()
@@ -280,3 +296,5 @@ def _end(processes: list[BaseProcess]) -> None:
         if process.is_alive():
             process.kill()
             process.join(GRACE_S)
+        if not process.is_alive():
+            process.close()  # its pipes, now: who watches it still refers to it

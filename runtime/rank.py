@@ -14,10 +14,14 @@ from paceline.parallel.rank import RankSpec
 from paceline.runtime import logs, stacks
 from paceline.runtime.channel import PlanReceiver, RankAddresses
 from paceline.runtime.config import EngineConfig
+from paceline.runtime.orphans import end_with_parent
 from paceline.runtime.types import StepPlan, StepResult
 from paceline.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
+
+ORPHAN_S = 5.0
+"""What a process gets to end by itself once that which started it is gone."""
 
 
 def run_rank(
@@ -80,6 +84,7 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 def local_rank(config: EngineConfig, spec: RankSpec, addresses: RankAddresses) -> None:
     """A rank in a process of its own, which ends when its parent does."""
+    end_with_parent(grace_s=ORPHAN_S)
     logs.configure(config, role=logs.engine_role(config, f"rank {spec.rank}"))
     parent = os.getppid()
     run_rank(config, spec, addresses, alive=lambda: os.getppid() == parent)

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"two models are named: {args.served} and {args.model}")
         args.model = args.served
     server, settings, config = read_settings(args)
-    otlp_target(server)  # frontends open it: this is to refuse a wrong one before anything is started
+    otlp_target(server)  # to refuse a wrong one before anything is started
     logs.configure(config, role="supervisor", log_requests=not server.disable_log_requests)
     check_access(server)
     check_tls(server, config)

@@ -37,6 +37,10 @@ from paceline.runtime.types import (
 
 logger = logging.getLogger(__name__)
 
+MOST_LOST = 5
+"""Engines that may be lost in a row with a request, and without a token of it: then it is taken for the
+cause, and ended."""
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class _Routed:
@@ -52,6 +56,8 @@ class _Routed:
     name: str = ""
     """What engines call it now."""
     num_placed: int = 0
+    num_lost: int = 0
+    """Engines that were lost with it since its last token."""
     writer: MemberState | None = None
     """None while it waits for one."""
     reader: MemberState | None = None
@@ -139,6 +145,7 @@ class Dispatcher:
                 routed.reader = None
             if routed.writer is state or (read_there and not routed.started):
                 orphans.append(routed)
+                routed.num_lost += not state.draining
         for routed in orphans:
             writer, name = routed.writer, routed.name
             self._displace(routed)
@@ -264,6 +271,8 @@ class Dispatcher:
             self._on_started(routed, writer, now_s=now_s)
         told_first = bool(routed.token_ids)
         routed.token_ids += delta.token_ids
+        if delta.token_ids:
+            routed.num_lost = 0
         metrics = delta.metrics
         if delta.finish_reason is not None:
             self._learn(routed, writer, delta)
@@ -328,6 +337,10 @@ class Dispatcher:
         for routed in many:
             if routed.aborted:
                 self._end_here(routed, "abort")
+                continue
+            if routed.num_lost >= MOST_LOST:
+                told = f"{routed.num_lost} engines in a row were lost with this request: it is not tried again"
+                self._end_here(routed, "error", told)
                 continue
             whole = routed.whole()
             chains = chains_of(whole, block_sizes=sizes) if uses_prefixes else {}

@@ -466,6 +466,20 @@ def test_a_stream_whose_connection_is_lost_goes_on_with_none_of_it_lost_or_repea
     assert len(keys) == 1, "so that the server writes the same text"
 
 
+def test_a_stream_that_was_lost_waits_for_a_server_that_says_when_to_come_back(
+    scripted: Scripted, sleeps: list[float]
+) -> None:
+    asker, _ = scripted(
+        [chunk("ab"), ConnectionFailed("reset")],
+        [Overloaded("all who lost theirs are here", retry_after_s=1.0)],
+        [chunk("abc")],
+    )
+    assert [piece.text for piece in asker.pieces("p")] == ["ab", "c"]
+    asker, _ = scripted([chunk("ab"), ConnectionFailed("reset")], [Unavailable("for ever")])
+    with pytest.raises(StreamBroken, match="for ever"):
+        asker.pieces("p")
+
+
 def test_a_text_that_has_become_another_is_not_patched_together(
     scripted: Scripted, sleeps: list[float]
 ) -> None:

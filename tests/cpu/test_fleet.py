@@ -29,6 +29,7 @@ from paceline.actors.engine_set import (
 )
 from paceline.actors.fleet import Fleet
 from paceline.actors.fleet import open_fleet as open_fleet_of
+from paceline.actors.routing.dispatch import MOST_LOST
 from paceline.proto import inference_pb2 as pb
 from paceline.runtime.config import (
     EngineConfig,
@@ -317,6 +318,54 @@ def test_an_engine_that_is_added_serves_and_one_that_is_removed_finishes_what_it
     assert eventually(lambda: fleet.poll(0.01) == [] and "decode-0" not in states(fleet))
     assert eventually(lambda: busy.closed)
     assert fleet.add_engine("decode") == "decode-2", "names are not used twice"
+
+
+def test_one_that_is_lost_has_let_go_of_all_before_another_starts_in_its_place(
+    open_fleet: Open, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = open_fleet()
+    lost, closing = starts.engines["decode-0"], threading.Event()
+    monkeypatch.setattr(lost, "close", lambda: closing.wait(SOON_S) and FakeEngine.close(lost))
+    lost.fail()
+    assert eventually(lambda: states(fleet).get("decode-1") == "starting")
+    time.sleep(0.1)
+    assert "decode-1" not in starts.configs
+    closing.set()
+    assert eventually(lambda: states(fleet).get("decode-1") == "serving")
+
+
+def test_a_request_that_every_engine_is_lost_with_ends_before_it_has_ended_all(
+    open_fleet: Open, starts: Starts
+) -> None:
+    def end_the_engine(asked: Request) -> list[int]:
+        if asked.request_id.startswith("poison"):
+            for engine in starts.engines.values():
+                engine.fail("boom")
+        return TEXT[: asked.max_tokens]
+
+    starts.reply = end_the_engine
+    fleet = open_fleet(FleetConfig(), polled=False)
+    fleet.submit([request("poison")])
+    (delta,) = read(fleet, until=1)
+    assert (
+        delta.error
+        == f"{MOST_LOST} engines in a row were lost with this request: it is not tried again"
+    )
+    assert len(starts.engines) == MOST_LOST
+    fleet.submit([request("other")])
+    assert read(fleet, until=1)[-1].finish_reason == "length"
+
+
+def test_one_that_cannot_be_watched_is_replaced_too(
+    open_fleet: Open, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = open_fleet()
+
+    def watch(wait_s: float) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(starts.engines["decode-0"], "watch", watch)
+    assert eventually(lambda: states(fleet).get("decode-1") == "serving")
 
 
 def test_the_last_that_serves_stays(open_fleet: Open) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -29,12 +30,13 @@ from paceline.runtime.engine import MOST_IN_VAIN, Engine
 from paceline.runtime.engine_loop import run_engine
 from paceline.runtime.errors import EngineError, ShardError, UserError
 from paceline.runtime.link import Abort, LinkAddress, LinkClient, LinkServer, Submit
-from paceline.runtime.local import connect
+from paceline.runtime.local import InProcess, connect
 from paceline.runtime.preflight import examine
 from paceline.runtime.requests import Prompt, TokensPrompt
 from paceline.runtime.schedule.scheduler import make_scheduler
 from paceline.runtime.types import (
     WIRE_VERSION,
+    EngineStatus,
     Request,
     RequestResult,
     ScheduledRequest,
@@ -411,7 +413,11 @@ def test_a_command_is_told_from_another() -> None:
 @pytest.mark.parametrize(
     ("failure", "words"),
     [
-        (ShardError("rank 1 died: killed"), "rank 1 died: killed"),
+        (EngineError("its ranks have moved"), "its ranks have moved"),
+        (
+            ShardError("rank 1 died: killed"),
+            f"ranks ended {MOST_IN_VAIN + 1} times in a row without a token: rank 1 died: killed",
+        ),
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
     ],
 )
@@ -450,6 +456,64 @@ def test_ranks_that_end_in_a_step_are_started_anew_and_the_texts_go_on(served: S
     assert not client.status().restarting
 
 
+def test_ranks_that_end_while_others_load_are_started_once_more(served: Served) -> None:
+    client = served.frontend()
+    start = served.executor.start_ranks
+    failures = [ShardError("rank 1 died: killed")] * (MOST_IN_VAIN - 1)
+
+    def fail_first() -> None:
+        if failures:
+            raise failures.pop()
+        start()
+
+    served.executor.start_ranks = fail_first  # type: ignore[method-assign]
+    served.executor.failure = ShardError("rank 0 died: killed")
+    client.submit([request("a", max_tokens=9)])
+    assert tokens(collect(client, "a")["a"]) == list(range(1, 10))
+
+
+def test_what_a_frontend_still_had_on_the_way_when_it_ended_is_nobodys(tmp_path: Path) -> None:
+    """Sockets are read in turn: its last requests come after the word that it has ended."""
+    server = LinkServer(f"ipc://{tmp_path}/commands", f"ipc://{tmp_path}/news")
+    greeted = threading.Event()
+
+    def greet() -> None:
+        while not greeted.is_set():
+            server.receive(wait_s=0.01)
+            server.send([], EngineStatus)
+
+    thread = threading.Thread(target=greet)
+    thread.start()
+    dead, watcher = (
+        LinkClient(server.address, watch=lambda: None, frontend=name) for name in (b"f0", b"f1")
+    )
+    greeted.set()
+    thread.join()
+    asked: set[str] = set()
+    for number in range(2):  # whose turn it is at first is not known
+        for name in "abc":
+            dead.submit([request(f"{name}{number}")])
+        time.sleep(0.05)
+        watcher.forget(b"f0")
+        time.sleep(0.05)
+        for command in server.receive(wait_s=0.0):
+            if isinstance(command, Submit):
+                asked |= {each.request_id for each in command.requests}
+            else:
+                asked -= set(command.request_ids)
+    assert asked == set()
+    for end in (dead, watcher, server):
+        end.close()
+
+
+def test_a_frontend_that_links_up_again_goes_before_its_last_connection(served: Served) -> None:
+    links = [LinkClient(served.address, watch=lambda: None, frontend=b"f0") for _ in range(2)]
+    links[1].submit([request("a")])
+    assert tokens(collect(links[1], "a")["a"])
+    for link_up in links:
+        link_up.close()
+
+
 def test_ranks_that_end_again_and_again_are_given_up(served: Served) -> None:
     client = served.frontend()
 
@@ -462,6 +526,15 @@ def test_ranks_that_end_again_and_again_are_given_up(served: Served) -> None:
     with pytest.raises(EngineError, match=f"ended {MOST_IN_VAIN + 1} times in a row"):
         collect(client, "never")
     assert served.executor.num_starts == MOST_IN_VAIN
+
+
+def test_an_engine_whose_own_rank_cannot_be_loaded_again_can_still_be_closed() -> None:
+    made: list[Any] = [SimpleNamespace(num_blocks=1, facts=lambda: "", close=lambda: None)]
+    alone = InProcess(lambda: made.pop())
+    alone.end_ranks()
+    with pytest.raises(IndexError):
+        alone.start_ranks()
+    alone.close()
 
 
 def test_a_rank_that_dies_while_there_is_nothing_to_do_is_noticed(served: Served) -> None:
@@ -573,8 +646,8 @@ def test_a_model_that_a_rank_refuses_is_refused_in_its_own_words(
         connect(config, examine(config))
 
 
-def test_an_engine_process_ends_with_its_parent(tiny: Callable[..., Path]) -> None:
-    """However that ended."""
+def test_an_engine_process_ends_with_its_parent(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """However that ended, and takes its files away."""
     code = (
         "import os, psutil\n"
         "from paceline.runtime.config import make_config\n"
@@ -588,9 +661,40 @@ def test_an_engine_process_ends_with_its_parent(tiny: Callable[..., Path]) -> No
         "    os._exit(3)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 3, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
     assert pids
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_hangs_ends_with_its_parent_too(tmp_path: Path) -> None:
+    code = (
+        "import multiprocessing, os, sys, time\n"
+        "from pathlib import Path\n"
+        "from paceline.runtime.orphans import end_with_parent\n"
+        "def hang(folder):\n"
+        "    end_with_parent(grace_s=0.1, first=(folder / 'left').touch)\n"
+        "    (folder / 'pid').write_text(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        f"    folder = Path({str(tmp_path)!r})\n"
+        "    multiprocessing.get_context('spawn').Process(target=hang, args=(folder,)).start()\n"
+        "    while not (folder / 'pid').exists():\n"
+        "        time.sleep(0.01)\n"
+        "    os._exit(3)\n"
+    )
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    done = subprocess.run([sys.executable, program], timeout=LONG_S, check=False)
+    assert done.returncode == 3
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not psutil.pid_exists(pid))
+    assert (tmp_path / "left").exists()

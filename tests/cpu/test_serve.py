@@ -117,6 +117,8 @@ def test_while_it_drains_new_requests_get_503(start: Start) -> None:
         refused = client.post("/v1/completions", json=body)
         assert refused.status_code == 503
         assert "shutting down" in refused.json()["error"]["message"]
+        process.send_signal(signal.SIGINT)  # at once: the same signal, from two places
+        time.sleep(0.6)
         process.send_signal(signal.SIGINT)
         assert process.wait(SOON_S) == 130, "a second signal ends it at once"
 

@@ -268,6 +268,33 @@ def test_a_request_whose_kv_cannot_be_had_is_read_here() -> None:
     assert both.decode.scheduler.status().transfers.failed == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "after"),
+    [
+        (None, [Event.FETCHED, Event.FIRST_TOKEN]),
+        ("nobody there", [Event.FETCHED, Event.SCHEDULED, Event.FIRST_TOKEN]),
+    ],
+)
+def test_a_request_remembers_how_its_kv_came_or_why_not(
+    error: str | None, after: list[Event]
+) -> None:
+    both = pair()
+    if error is None:
+        both.add(make_request(prompt=30, max_tokens=8), remote=True)
+    else:
+        both.decode.add(fetch(make_request(prompt=30, max_tokens=8)))
+        both.step(both.decode)
+        both.end_consumer("t-a", error=error)
+    both.finish(random.Random(0))
+    last = both.decode.heard["a"].last
+    assert last is not None
+    assert last.metrics is not None
+    assert last.metrics.fetch is not None
+    assert (last.metrics.fetch.num_tokens, last.metrics.fetch.error) == (30, error)
+    events = [event for event, _ in last.metrics.events]
+    assert events == [Event.QUEUED, Event.SCHEDULED, *after, Event.FINISHED]
+
+
 def test_or_ends_in_an_error_where_that_is_wanted() -> None:
     both = pair()
     both.decode.add(fetch(make_request(prompt=30), recompute=False))
