@@ -118,7 +118,8 @@ class OwnPlaces:
         if there < num_ranks and config.ray_address is None and "RAY_ADDRESS" not in os.environ:
             raise PlacementError(
                 f"{num_ranks} ranks need {num_ranks} {self.device}, one each; this machine has {there:g}: "
-                "lower the replicas or tensor parallel sizes, or join a cluster with ray_address"
+                "lower tensor_parallel_size, draft_tensor_parallel_size or the replicas, or join a cluster "
+                "with ray_address"
             )
         self.num_nodes = max(1, len(_nodes(self.device)))
         self._spread = spread

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,27 @@ _patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("repeatable", _patient, derandomize=True, database=None)
 settings.register_profile("random", _patient)
 settings.load_profile("repeatable")
+
+
+# Who runs the tests in the background of a shell has Ctrl-C ignored, and so would all processes of theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """What a test sets up to be logged, and where, is its own."""
+    root, ours = logging.getLogger(), logging.getLogger("paceline")
+    handlers, levels = list(root.handlers), (root.level, ours.level)
+    told = {key: value for key, value in os.environ.items() if key.startswith("PACELINE_LOG_")}
+    yield
+    for key in [key for key in os.environ if key.startswith("PACELINE_LOG_")]:
+        del os.environ[key]
+    os.environ.update(told)
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+    logging.getLogger("paceline.requests").disabled = False
 
 
 @pytest.fixture(scope="session")
