@@ -26,7 +26,7 @@ from paceline.runtime.errors import EngineError, PromptError, ShardError
 from paceline.runtime.executor import Executor
 from paceline.runtime.schedule.scheduler import Scheduler, make_scheduler
 from paceline.runtime.transfer.control import KvControl
-from paceline.runtime.types import EngineStatus, KvLinks, Request, TokenDelta
+from paceline.runtime.types import EngineStatus, KvLinks, Request, StepPlan, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +129,9 @@ class Engine:
         plan = self.scheduler.schedule()
         self._order()  # before the step: links follow it layer by layer
         self.stalled = not (plan.scheduled or plan.finished)
-        if self.stalled and self.scheduler.has_work:
+        if self.stalled:
             return []
-        self._stepped_s = self._clock()
-        result = self.executor.step(plan)
-        if result.error is not None:
-            raise ShardError(result.error, out_of_memory=result.out_of_memory)
-        deltas = self.scheduler.update(plan, result)
+        deltas = self._carry_out(plan)
         self._order()
         if deltas:
             self._in_vain = 0
@@ -146,10 +142,18 @@ class Engine:
         to do."""
         try:
             self.executor.check()
-            if self._clock() - self._stepped_s >= IDLE_STEP_S:
-                self.step()  # of nobody: a rank that hangs is found before somebody waits for it
+            if not self.scheduler.has_work and self._clock() - self._stepped_s >= IDLE_STEP_S:
+                # of nobody: a rank that hangs is found before somebody waits for it
+                self._carry_out(self.scheduler.schedule())
         except ShardError as error:
             self._fail(error)
+
+    def _carry_out(self, plan: StepPlan) -> list[TokenDelta]:
+        self._stepped_s = self._clock()
+        result = self.executor.step(plan)
+        if result.error is not None:
+            raise ShardError(result.error, out_of_memory=result.out_of_memory)
+        return self.scheduler.update(plan, result)
 
     def _fail(self, failure: ShardError) -> None:
         logger.error("the ranks are started anew: %s", failure)

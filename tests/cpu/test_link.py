@@ -24,6 +24,7 @@ import pytest
 import zmq
 
 from paceline import LLM, SamplingParams
+from paceline.runtime import engine as engine_module
 from paceline.runtime import engine_loop, link
 from paceline.runtime.config import make_config
 from paceline.runtime.engine import MOST_IN_VAIN, Engine
@@ -63,11 +64,12 @@ class Counting:
         self.num_blocks, self.ranks = NUM_BLOCKS, ("rank 0, counting",)
         self.hopeless = False
         """Whether ranks that have ended cannot be started anew."""
-        self.num_starts = 0
+        self.num_starts = self.num_steps = 0
         self._next: dict[str, int] = {}
         self._unread: dict[str, int] = {}
 
     def step(self, plan: StepPlan) -> StepResult:
+        self.num_steps += 1
         if self.failure is not None:
             raise self.failure
         time.sleep(self.pause_s)
@@ -535,6 +537,21 @@ def test_an_engine_whose_own_rank_cannot_be_loaded_again_can_still_be_closed() -
     with pytest.raises(IndexError):
         alone.start_ranks()
     alone.close()
+
+
+def test_steps_of_nobody_find_a_rank_that_hangs_and_take_no_token_from_anybody(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "IDLE_STEP_S", 0.0)
+    client = served.frontend()
+    for name in "abc":
+        before = served.executor.num_steps
+        wait_until(lambda before=before: served.executor.num_steps > before + 1)  # type: ignore[misc]
+        client.submit([request(name, max_tokens=5)])
+        deltas = collect(client, name)[name]
+        assert len([token for delta in deltas for token in delta.token_ids]) == 5
+    served.executor.failure = ShardError("rank 0 says nothing")
+    wait_until(lambda: bool(client.poll(0.05)) or client.status().num_restarts == 1)
 
 
 def test_a_rank_that_dies_while_there_is_nothing_to_do_is_noticed(served: Served) -> None:
