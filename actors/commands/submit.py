@@ -118,15 +118,20 @@ def run(args: argparse.Namespace) -> int:
         print(jobs.stop(args.stop))
         return 0
     job_id = args.logs if job is None else _submit(jobs, args, job)
+    submitted = "" if args.logs else f"paceline: submitted job {job_id}"
     if not args.wait:
+        if submitted:
+            print(submitted, file=sys.stderr)
         print(jobs.logs(job_id).rstrip() if args.logs else job_id)
         return 0
-    return _follow(jobs, job_id, stop_on_interrupt=args.stop_on_interrupt)
+    return _follow(jobs, job_id, submitted, stop_on_interrupt=args.stop_on_interrupt)
 
 
-def _follow(jobs: Jobs, job_id: str, *, stop_on_interrupt: bool) -> int:
-    """Until it ends; its exit code."""
+def _follow(jobs: Jobs, job_id: str, submitted: str, *, stop_on_interrupt: bool) -> int:
+    """Until it ends; its exit code. Whoever has been told that it is `submitted` can interrupt."""
     try:
+        if submitted:
+            print(submitted, file=sys.stderr, flush=True)
         return jobs.follow(job_id)
     except KeyboardInterrupt:
         again = f"paceline submit --address {jobs.address}"
@@ -156,7 +161,6 @@ def _submit(jobs: Jobs, args: argparse.Namespace, job: _Job) -> str:
             },
             job_id=args.submission_id,
         )
-    print(f"paceline: submitted job {job_id}", file=sys.stderr)
     return job_id
 
 
