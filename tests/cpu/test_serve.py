@@ -109,7 +109,10 @@ def test_while_it_drains_new_requests_get_503(start: Start) -> None:
         httpx.Client(base_url=url, timeout=SOON_S) as client,
         client.stream("POST", "/v1/completions", json=body) as response,
     ):
-        next(response.iter_text())
+        pieces = (
+            response.iter_text()
+        )  # kept: without it the stream is closed, and nothing is left to drain
+        next(pieces)
         process.send_signal(signal.SIGINT)
         deadline = time.monotonic() + SOON_S
         while client.get("/health").status_code != 503:
