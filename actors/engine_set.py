@@ -26,6 +26,7 @@ import msgspec
 from paceline.runtime.config import EngineConfig, FleetConfig, KvTransferConfig
 from paceline.runtime.engine import EngineClient
 from paceline.runtime.errors import DeadlineError, EngineError, PacelineError, UserError
+from paceline.runtime.link import LinkAddress
 from paceline.runtime.preflight import Facts
 from paceline.runtime.types import EngineRole
 
@@ -56,6 +57,10 @@ class FleetError(UserError):
 
 class StartedEngine(Protocol):
     """An engine that is up, for any number of frontends."""
+
+    @property
+    def address(self) -> LinkAddress:
+        """Where frontends of other processes link up with it. Raises EngineError once it is closed."""
 
     def link(self, frontend: bytes | None = None) -> EngineClient:
         """A way to it, under a name of the frontend's own; closing that leaves the engine alone."""

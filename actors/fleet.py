@@ -121,7 +121,6 @@ class Fleet:
                 clock=clock,
             )
 
-        self._restarts = settings.restart_engines
         self._router = make_router(config, settings)
         self._keeper = MemberKeeper(self._router, on_drained=lambda name: self._set.drained(name))
         try:

@@ -166,17 +166,16 @@ class Supervisor:
     def _engines(self) -> Engines:
         if self._set is None:
             return Engines(engines=())
-        live = {each.engine_id: each for each in self._set.live()}
+        live = {each.engine_id: each.started for each in self._set.live()}
         engines = []
         for info in self._set.engines():
-            started = live[info.engine_id].started if info.engine_id in live else None
             engines.append(
                 EngineAt(
                     engine_id=info.engine_id,
                     role=info.role,
                     state=info.state,
                     error=info.error,
-                    address=_address(started),
+                    address=_address(live.get(info.engine_id)),
                 )
             )
         return Engines(
@@ -396,6 +395,5 @@ class Supervisor:
 def _address(started: StartedEngine | None) -> LinkAddress | None:
     """Where frontends link up with an engine; None where it is not up, or just being closed."""
     with contextlib.suppress(EngineError):
-        address: LinkAddress | None = getattr(started, "address", None)
-        return address
+        return None if started is None else started.address
     return None

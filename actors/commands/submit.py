@@ -152,7 +152,7 @@ def _submit(jobs: Jobs, args: argparse.Namespace, job: _Job) -> str:
     from paceline.actors.jobs import STOP_WAIT
 
     with _folder(args) as folder:
-        job_id = jobs.submit(
+        return jobs.submit(
             shlex.join(["python", "-m", "paceline", *job.argv]),
             runtime_env={
                 "working_dir": str(folder),
@@ -161,7 +161,6 @@ def _submit(jobs: Jobs, args: argparse.Namespace, job: _Job) -> str:
             },
             job_id=args.submission_id,
         )
-    return job_id
 
 
 def _job(args: argparse.Namespace) -> _Job:
