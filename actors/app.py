@@ -213,9 +213,7 @@ class RayEngine:
             self._shards = [
                 handles.make_shard(Shard, place.group, bundle, gpu=gpu) for bundle in place.bundles
             ]
-        found = handles.places_of(self._shards, timeout_s=config.placement_timeout_s)
-        with self._still_wanted():
-            self._coordinator = handles.make_coordinator(Coordinator, node_id=found[0].node_id)
+            self._coordinator = handles.make_coordinator(Coordinator, place.group, place.bundles[0])
         started = handles.start(
             self._coordinator,
             config,

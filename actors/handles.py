@@ -54,14 +54,20 @@ def make_shard(shard: type[Shard], group: PlacementGroup, bundle: int, *, gpu: b
     return ShardHandle(handle)
 
 
-def make_coordinator(coordinator: type[Coordinator], *, node_id: str) -> CoordinatorHandle:
-    """The coordinator actor, on the given node if that still has a process to spare."""
+def make_coordinator(
+    coordinator: type[Coordinator], group: PlacementGroup, bundle: int
+) -> CoordinatorHandle:
+    """The coordinator actor, on the node of a bundle and without taking anything of it: an affinity to
+    the node that is soft Ray may pass over, and every step would cross the network."""
     actor: Any = ray.remote(coordinator)
+    strategy = PlacementGroupSchedulingStrategy(
+        placement_group=group, placement_group_bundle_index=bundle
+    )
     handle = actor.options(
         num_cpus=0,
         max_restarts=0,
         max_concurrency=8,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=True),
+        scheduling_strategy=strategy,
     ).remote()
     return CoordinatorHandle(handle)
 

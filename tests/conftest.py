@@ -27,18 +27,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
-    """What a test sets up to be logged, and where, is its own."""
+    """What a test sets up to be logged, and where, is its own, and nothing that a fixture of a whole
+    module has left."""
     root, ours = logging.getLogger(), logging.getLogger("paceline")
-    handlers, levels = list(root.handlers), (root.level, ours.level)
+    ours.setLevel(logging.NOTSET)
+    ours.propagate = True
+    logging.getLogger("paceline.requests").disabled = False
+    handlers, level = list(root.handlers), root.level
     told = {key: value for key, value in os.environ.items() if key.startswith("PACELINE_LOG_")}
     yield
     for key in [key for key in os.environ if key.startswith("PACELINE_LOG_")]:
         del os.environ[key]
     os.environ.update(told)
     root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
-    logging.getLogger("paceline.requests").disabled = False
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import random
+import re
 import select
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,7 +337,7 @@ class Apart:
         while True:
             read, written = self.reads.transfers, self.writes.transfers
             is_told = written.fetched + written.failed == self.num_asked
-            is_fresh = is_told and read.produced == written.fetched
+            is_fresh = is_told and read.produced + read.expired == self.num_asked
             if is_fresh and is_idle(self.reads) and is_idle(self.writes):
                 return
             assert time.monotonic() < deadline, f"never came to be: {self.latest}"
@@ -458,6 +460,10 @@ def test_texts_whose_prompts_are_read_on_another_host_are_those_of_one_engine(
 ) -> None:
     where = [each.links.addresses[0].rpartition(":")[0] for each in (apart.reads, apart.writes)]
     assert where == [cluster.b.address, cluster.a.address]
+    for host in (cluster.a, cluster.b):
+        names = host.output(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' '\\n'"], timeout_s=10)
+        actors = Counter(re.findall(r"^ray::(Shard|Coordinator)", names, re.MULTILINE))
+        assert actors == {"Shard": 1, "Coordinator": 1}, "a step crosses no link"
     apart.link.set(delay_s=delay_s, loss=loss)
     before = apart.writes.transfers
     requests = apart.requests(100, 128, 153, 200)
