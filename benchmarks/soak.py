@@ -286,14 +286,14 @@ def _report(
 
 def _line(each: Watched, begin_s: float, before: Idle, after: Idle) -> report.Row:
     steady_samples = each.after(begin_s)
-    own, shared = (slope(steady_samples, what) for what in ("uss_mb", "pss_mb"))
+    own, shared = (slope(steady_samples, what) for what in ("own_mb", "pss_mb"))
     first, last = before.samples.get(each.pid), after.samples.get(each.pid)
     stayed = first is not None and last is not None
     return {
         "process": each.name,
         "pid": each.pid,
         "rays": each.is_rays,
-        "USS MB": each.samples[-1].uss_mb,
+        "own MB": each.samples[-1].own_mb,
         "PSS MB": each.samples[-1].pss_mb,
         "RSS MB": each.samples[-1].rss_mb,
         "MB/hour": own.per_hour,

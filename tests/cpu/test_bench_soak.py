@@ -30,20 +30,20 @@ def samples_of(values: list[float], *, every_s: float = 10.0) -> list[Sample]:
 
 
 def test_the_slope_of_a_line_is_its_own_and_certain() -> None:
-    found = slope(samples_of([100 + 0.1 * i for i in range(361)]), "uss_mb")
+    found = slope(samples_of([100 + 0.1 * i for i in range(361)]), "own_mb")
     assert found.per_hour == pytest.approx(36.0)
     assert found.standard_error == pytest.approx(0.0, abs=1e-6)
 
 
 def test_noise_around_no_slope_is_within_its_standard_error() -> None:
     noise = random.Random(3)
-    found = slope(samples_of([100 + noise.gauss(0, 1) for _ in range(361)]), "uss_mb")
+    found = slope(samples_of([100 + noise.gauss(0, 1) for _ in range(361)]), "own_mb")
     assert found.standard_error == pytest.approx(1 / math.sqrt(361 / 12), rel=0.15)
     assert abs(found.per_hour) < 3 * found.standard_error
 
 
 def test_two_samples_have_no_slope() -> None:
-    assert slope(samples_of([1.0, 9.0]), "uss_mb") == (0.0, None)
+    assert slope(samples_of([1.0, 9.0]), "own_mb") == (0.0, None)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_what_a_process_holds_is_seen_to_grow(server: tuple[subprocess.Popen[str
     after = tree.look()
     assert [each.name for each in tree.watched] == ["supervisor", "link"]
     root = process.pid
-    assert 29 < after[root].uss_mb - before[root].uss_mb < 40
+    assert 29 < after[root].own_mb - before[root].own_mb < 40
     assert after[root].num_fds == before[root].num_fds + 1
     assert after[root].num_threads == before[root].num_threads + 1
     assert len(tree.watched[0].samples) == 2
