@@ -21,6 +21,7 @@ from torch import Tensor
 
 from paceline.runtime.kv.pool import BlockTable, KvPool
 from paceline.runtime.layers.cpu_kernels import Pass
+from paceline.runtime.layers.cpu_pass import SmallPasses
 from paceline.runtime.layers.rope import RopeTable, Rotation
 
 
@@ -52,6 +53,8 @@ class Rows:
     """Of the scores."""
     native: Pass | None = None
     """The same for the compiled kernel, where that runs."""
+    small: SmallPasses | None = None
+    """What computes all layers in one call, for passes of few rows."""
     written: Callable[[int], None] | None = None
     """Told of each layer, by its number in the model, once its keys and values are in the pool."""
     _alive: list[object] = field(default_factory=list)
@@ -69,6 +72,7 @@ def pack(
     rope: RopeTable,
     scale: float,
     native: bool,
+    small: SmallPasses | None = None,
     written: Callable[[int], None] | None = None,
 ) -> Rows:
     """Rows for a pass over `segments`, whose tokens are `token_ids_T`, `[T]` on the device."""
@@ -105,6 +109,7 @@ def pack(
         pool=pool,
         scale=scale,
         native=Pass() if native else None,
+        small=small if native and small and len(positions) <= small.most_rows else None,
         written=written,
     )
     if rows.native is not None:

@@ -32,8 +32,14 @@ def load_library(source: Path) -> ctypes.CDLL:
 
 
 def library_path(source: Path) -> Path:
-    """One file per source, flags and processor."""
-    facts = (source.read_bytes(), " ".join(FLAGS), platform.processor(), _cpu_flags())
+    """One file per source with the headers beside it, flags and processor."""
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    facts = (
+        b"".join(each.read_bytes() for each in sources),
+        " ".join(FLAGS),
+        platform.processor(),
+        _cpu_flags(),
+    )
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "paceline" / f"{source.stem}-{name}.so"

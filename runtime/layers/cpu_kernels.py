@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 
+LANES = 16
+"""Floats of a vector."""
+
 _P, _I, _F, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
 _FUNCTIONS = {
     "attend": (
@@ -29,6 +32,13 @@ _FUNCTIONS = {
     ),
     "add_rms": (("f32_f32", "bf16_bf16", "f32_bf16"), (_P, _P, _I, _I, _F, _P)),
     "swiglu": (("f32", "bf16"), (_P, _I, _I, _P)),
+    "pass": (("f32_f32", "bf16_bf16", "bf16_f32"), (_P, _P, _I, _P, _P, _P)),
+    "attention": (
+        ("f32_f32", "bf16_bf16", "bf16_f32"),
+        (_P, _I, _P, _P, _P, _I, _I, _I, _P),
+    ),
+    "mlp": (("f32", "bf16"), (_P, _I, _I, _P, _P, _I, _I, _P)),
+    "product": (("f32", "bf16"), (_P, _P, _I, _P)),
 }
 """The forms each comes in, by the dtypes it reads and writes, and its arguments."""
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -60,7 +70,15 @@ class Kernels:
     """The loaded library. Tensors must be contiguous, on the CPU, float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._attend, self._add_rms, self._swiglu = (
+        (
+            self._attend,
+            self._add_rms,
+            self._swiglu,
+            self._pass,
+            self._attention,
+            self._mlp,
+            self._product,
+        ) = (
             {
                 tuple(_BY_NAME[part] for part in form.split("_")): function(
                     library, f"{name}_{form}", signature
@@ -124,6 +142,83 @@ class Kernels:
             gate_up.data_ptr(), out.numel() // shape[-1], shape[-1], out.data_ptr()
         )
         return out
+
+    # What `cpu_pass.py` calls; `stack` is the address of its C struct.
+
+    def small_pass(
+        self,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        stack: int,
+        given: Pass,
+        form: int,
+        h_TE: Tensor,
+        delta_TE: Tensor,
+        A: Tensor,
+    ) -> None:
+        """All layers; `dtypes` are those of weights and KV."""
+        self._pass[dtypes](
+            stack,
+            ctypes.addressof(given),
+            form,
+            h_TE.data_ptr(),
+            delta_TE.data_ptr(),
+            A.data_ptr(),
+        )
+
+    def small_attention(
+        self,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        stack: int,
+        group: int,
+        given: Pass,
+        h_TE: Tensor,
+        delta_TE: Tensor | None,
+        layers: range,
+        summed: bool,
+        A: Tensor,
+    ) -> None:
+        """Attention of some layers of a group."""
+        self._attention[dtypes](
+            stack,
+            group,
+            ctypes.addressof(given),
+            h_TE.data_ptr(),
+            None if delta_TE is None else delta_TE.data_ptr(),
+            layers.start,
+            layers.stop,
+            summed,
+            A.data_ptr(),
+        )
+
+    def small_mlp(
+        self,
+        dtype: torch.dtype,
+        stack: int,
+        group: int,
+        h_TE: Tensor,
+        A_TE: Tensor,
+        layers: range,
+        delta_TE: Tensor,
+    ) -> None:
+        """Feed-forward blocks of some layers of a group."""
+        self._mlp[(dtype,)](
+            stack,
+            group,
+            h_TE.shape[0],
+            h_TE.data_ptr(),
+            A_TE.data_ptr(),
+            layers.start,
+            layers.stop,
+            delta_TE.data_ptr(),
+        )
+
+    def product(
+        self, dtype: torch.dtype, matrix: ctypes.Structure, x_TI: Tensor, y_TO: Tensor
+    ) -> None:
+        """Rows times a weight in tiles."""
+        self._product[(dtype,)](
+            ctypes.addressof(matrix), x_TI.data_ptr(), x_TI.shape[0], y_TO.data_ptr()
+        )
 
 
 def supports(device: torch.device, *dtypes: torch.dtype, head_dim: int = 16) -> bool:

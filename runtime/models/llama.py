@@ -33,6 +33,13 @@ from paceline.parallel.mesh import Axis
 from paceline.parallel.shard import GroupShard, shard_group, split
 from paceline.runtime.inputs import Rows
 from paceline.runtime.layers.attention import attend
+from paceline.runtime.layers.cpu_pass import (
+    Packed,
+    PackedGroup,
+    PackedLayer,
+    most_rows,
+    worth_packing,
+)
 from paceline.runtime.layers.embed import Embedding
 from paceline.runtime.layers.linear import Linear
 from paceline.runtime.layers.mlp import swiglu
@@ -96,7 +103,9 @@ class LayerGroup:
         arch: Architecture,
         shard: GroupShard,
         stack: Stack,
+        pack: bool = False,
     ) -> None:
+        """With `pack`, weights are kept a second time for passes of few rows."""
         self.index = index
         self.layers = layers
         self.shard = shard
@@ -115,6 +124,7 @@ class LayerGroup:
         self._down = [
             Linear(stack.down[i].t(), bias=_row(stack.down_bias, i)) for i in range(len(layers))
         ]
+        self.packed = _packed(stack, self) if pack else None
         self.stack = stack if len(layers) > 1 else None
         """Kept where the layers may run side by side; a single layer needs only its own
         projections."""
@@ -148,6 +158,24 @@ class LayerGroup:
         return add_rms(h_TE, delta_TE, eps=self.eps, dtype=self.dtype)
 
 
+def _packed(stack: Stack, group: LayerGroup) -> PackedGroup:
+    layers = []
+    for layer, units in enumerate(group.units):
+        part = slice(units.start, units.stop)
+        bias = None if stack.qkv_bias is None else stack.qkv_bias[part].flatten()
+        out = stack.out[part].flatten(0, 1).t()  # [E, U*G*D]
+        layers.append(
+            PackedLayer(
+                qkv=Packed(stack.qkv[part].flatten(0, 1), bias),
+                out=Packed(out, _row(stack.out_bias, layer)),
+                gate_up=Packed(stack.gate_up[layer], _row(stack.gate_up_bias, layer)),
+                down=Packed(stack.down[layer].t(), _row(stack.down_bias, layer)),
+                units=units,
+            )
+        )
+    return PackedGroup(layers=layers, queries=group.queries, window=group.window)
+
+
 def qkv_linear(stack: Stack, units: range) -> Linear:
     """Projection onto the heads of some units."""
     part = slice(units.start, units.stop)
@@ -175,8 +203,10 @@ class Decoder:
         vocab_size: int,
         num_ids: int,
         axis: Axis,
+        pack: bool = False,
     ) -> None:
-        """Computes logits of `vocab_size` tokens, and may be fed any of `num_ids`."""
+        """Computes logits of `vocab_size` tokens, and may be fed any of `num_ids`. With `pack` the
+        head is kept a second time for few rows."""
         self.arch = arch
         self.groups = groups
         self.axis = axis
@@ -186,6 +216,7 @@ class Decoder:
         """Token ids whose logits this rank computes."""
         self.vocabulary_widths = [len(split(vocab_size, axis.size, r)) for r in range(axis.size)]
         self._embed = Embedding(embedding, offset=self.vocabulary.start, axis=axis, num_ids=num_ids)
+        self._small_head, self._small_rows = Packed(head) if pack else None, most_rows()
         self._head = Linear(head)
         self._head_dtype = head.dtype
         self._final_norm = final_norm  # [E]
@@ -198,6 +229,8 @@ class Decoder:
     def exact(self, rows: Rows) -> Tensor:
         """The model as it was trained, one layer after another: `[T, E]` before the final norm."""
         h_TE, delta_TE = self.embed(rows), None
+        if rows.small is not None and self.axis.size == 1 and rows.written is None:
+            return rows.small.whole(h_TE, rows, "exact")
         for group in self.groups:
             for layer, number in enumerate(group.layers):
                 delta_TE = self.exact_layer(h_TE, delta_TE, group, layer, rows=rows)
@@ -210,6 +243,14 @@ class Decoder:
     ) -> Tensor:
         """`u = h + Attn(LN(h))`, then `u + MLP(LN'(u))`. The new delta; `h_TE` changes in place."""
         all_reduce_ = self.axis.collectives.all_reduce_
+        if rows.small is not None:
+            layers = range(layer, layer + 1)
+            A_TE = rows.small.attention(
+                h_TE, delta_TE, rows, group=group.index, layers=layers, summed=True
+            )
+            return all_reduce_(
+                rows.small.mlp(h_TE, all_reduce_(A_TE), group=group.index, layers=layers)
+            )
         x_TE = group.norm(h_TE, delta_TE)
         delta_TE = all_reduce_(group.attention(x_TE, layer, rows=rows))
         x_TE = group.norm(h_TE, delta_TE)
@@ -217,8 +258,10 @@ class Decoder:
 
     def logits(self, h_PE: Tensor) -> Tensor:
         """`[P, V]` of this rank's vocabulary, float32."""
-        x_PE = rms(h_PE, eps=self.arch.norm_eps) * self._final_norm
-        return self._head(x_PE.to(self._head_dtype)).float()
+        x_PE = (rms(h_PE, eps=self.arch.norm_eps) * self._final_norm).to(self._head_dtype)
+        if self._small_head is not None and len(x_PE) <= self._small_rows:
+            return self._small_head(x_PE)
+        return self._head(x_PE).float()
 
 
 def load_decoder(
@@ -238,8 +281,9 @@ def load_decoder(
     """
     assert axis.index is not None, "expected a rank of the axis"
     place = _Place(checkpoint, arch=arch, dtype=dtype, device=device, first=axis.index == 0)
+    pack = worth_packing(arch, ranks=axis.size, dtype=dtype, device=device)
     loaded = [
-        _load_group(place, number, layers, ranks=axis.size, rank=axis.index)
+        _load_group(place, number, layers, ranks=axis.size, rank=axis.index, pack=pack)
         for number, layers in enumerate(groups)
     ]
     num_ids = vocab_size or arch.vocab_size
@@ -262,6 +306,7 @@ def load_decoder(
         vocab_size=vocab_size,
         num_ids=num_ids,
         axis=axis,
+        pack=pack,
     )
 
 
@@ -296,7 +341,7 @@ class _Place:
 
 
 def _load_group(
-    place: _Place, number: int, layers: tuple[int, ...], *, ranks: int, rank: int
+    place: _Place, number: int, layers: tuple[int, ...], *, ranks: int, rank: int, pack: bool
 ) -> LayerGroup:
     arch = place.arch
     shard = shard_group(
@@ -339,7 +384,7 @@ def _load_group(
         down_bias=summed_bias("mlp.down_proj", wanted=arch.mlp_bias),
         qk_norm=stacked([a["qk_norm"] for a in attention], 1, D).float() if arch.qk_norm else None,
     )
-    return LayerGroup(number, layers, arch=arch, shard=shard, stack=stack)
+    return LayerGroup(number, layers, arch=arch, shard=shard, stack=stack, pack=pack)
 
 
 def _load_unit(place: _Place, prefix: str, kv_head: int, query_heads: range) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from paceline.runtime.inputs import Rows, Segment, pack
 from paceline.runtime.kv.pool import KvPool
 from paceline.runtime.layers.cpu_kernels import load_kernels, supports
+from paceline.runtime.layers.cpu_pass import SmallPasses
 from paceline.runtime.layers.rope import RopeTable
 from paceline.runtime.models.llama import Decoder
 
@@ -50,6 +51,16 @@ class Model:
         )
         self._rope = RopeTable(decoder.arch, max_len=max_len, device=device)
         self._scale = decoder.arch.head_dim**-0.5
+        packed = [group.packed for group in decoder.groups if group.packed is not None]
+        self._small = None
+        if self._native and packed:
+            self._small = SmallPasses(
+                packed,
+                self.pool,
+                width=decoder.arch.hidden_size,
+                eps=decoder.arch.norm_eps,
+                scale=self._scale,
+            )
 
     def describe(self) -> str:
         """Data type and memory, for a person."""
@@ -76,6 +87,7 @@ class Model:
             rope=self._rope,
             scale=self._scale,
             native=self._native,
+            small=self._small,
             written=written,
         )
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from paceline.parallel.layer import owner
 from paceline.parallel.mesh import Axis
 from paceline.runtime.inputs import Rows
+from paceline.runtime.layers.cpu_pass import SmallPasses
 from paceline.runtime.layers.linear import Linear
 from paceline.runtime.layers.mlp import swiglu
 from paceline.runtime.models.llama import Decoder, LayerGroup, out_linear, qkv_linear
@@ -64,6 +65,9 @@ class LayerParallel:
         self, decoder: Decoder, *, policy: Policy, placement: Placement, axis: Axis
     ) -> None:
         self._decoder = decoder
+        self._policy = policy
+        self._whole = placement is Placement.TENSOR and axis.size == 1
+        """Whether a pass may run in one call."""
         self._groups: list[WideGroup | PlacedGroup | None] = []
         for group in decoder.groups:
             if len(group.layers) == 1:
@@ -82,6 +86,8 @@ class LayerParallel:
         """A pass with the groups side by side: `[T, E]` before the final norm. Writes approximate
         KV rows."""
         h_TE, delta_TE = self._decoder.embed(rows), None
+        if rows.small is not None and self._whole:
+            return rows.small.whole(h_TE, rows, self._policy.value)
         for group, side_by_side in zip(self._decoder.groups, self._groups, strict=True):
             if side_by_side is None:
                 delta_TE = self._decoder.exact_layer(h_TE, delta_TE, group, 0, rows=rows)
@@ -118,11 +124,32 @@ class WideGroup:
             )
 
     def __call__(self, h_TE: Tensor, delta_TE: Tensor | None, *, rows: Rows) -> Tensor:
+        if rows.small is not None:
+            return self._small(h_TE, delta_TE, rows.small, rows)
         x_TE = self._group.norm(h_TE, delta_TE)
         context_TC = self._group.context(x_TE, self._qkv, units=self._units, rows=rows)
         if self._policy is Policy.BLOCK:
             return self._block(h_TE, context_TC)
         return self._attention(h_TE, context_TC)
+
+    def _small(
+        self, h_TE: Tensor, delta_TE: Tensor | None, small: SmallPasses, rows: Rows
+    ) -> Tensor:
+        """The same for few rows on a CPU."""
+        group, layers = self._group.index, range(len(self._group.layers))
+        summed = self._policy is Policy.BLOCK
+        A = self._all_reduce_(
+            small.attention(h_TE, delta_TE, rows, group=group, layers=layers, summed=summed)
+        )
+        if summed:
+            return self._all_reduce_(small.mlp(h_TE, A, group=group, layers=layers))
+        delta_TE = torch.zeros_like(h_TE)
+        for layer in layers:
+            given_TE = delta_TE + A[layer]
+            delta_TE = self._all_reduce_(
+                small.mlp(h_TE, given_TE, group=group, layers=range(layer, layer + 1))
+            )
+        return delta_TE
 
     def _attention(self, h_TE: Tensor, context_TC: Tensor) -> Tensor:
         A_LTE = self._all_reduce_(self._outputs(context_TC))

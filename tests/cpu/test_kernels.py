@@ -18,7 +18,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from paceline.parallel.launch import solo_mesh
 from paceline.runtime.config import make_config
-from paceline.runtime.layers import cpu_kernels
+from paceline.runtime.layers import cpu_kernels, cpu_pass
 from paceline.runtime.layers.cpu_kernels import load_kernels, supports
 from paceline.runtime.layers.mlp import swiglu
 from paceline.runtime.layers.norm import add_rms
@@ -136,6 +136,7 @@ def test_python_and_c_agree_on_what_a_pass_is() -> None:
         pytest.skip("no C++ compiler")
     library = ctypes.CDLL(str(cpu_kernels._library_path()))
     assert library.pass_bytes() == ctypes.sizeof(cpu_kernels.Pass)
+    assert library.stack_bytes() == cpu_pass.STRUCT_BYTES
 
 
 def test_a_machine_without_a_compiler_is_told_once(

@@ -1,0 +1,248 @@
+"""Passes of a few rows on a CPU, a whole stack of layers in one call: `cpu_pass.h`.
+
+A product of a row with a small matrix takes a few microseconds, and calling a library for it as long
+again. So models whose layers are small keep a second copy of their weights in the order in which that
+call reads them, and everything from the embedding to the final norm runs in it. Larger models gain
+nothing by it, and passes of many rows are a library's business.
+
+Letters: T rows, E width, L layers of a group, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paceline.runtime.layers.cpu_kernels import LANES, Pass, load_kernels, supports
+
+if TYPE_CHECKING:
+    from paceline.runtime.inputs import Rows
+    from paceline.runtime.kv.pool import KvPool
+    from paceline.runtime.models.arch import Architecture
+
+MOST_BYTES = 256 * 2**20
+"""Of weights that are kept a second time."""
+
+Form = Literal["exact", "attention", "block"]
+_FORMS: dict[Form, int] = {"exact": 0, "attention": 1, "block": 2}
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("qkv", _Matrix),
+        ("out", _Matrix),
+        ("gate_up", _Matrix),
+        ("down", _Matrix),
+        ("first_unit", ctypes.c_int32),
+        ("num_units", ctypes.c_int32),
+    )
+
+
+class _Group(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("block_stride", ctypes.c_int64),
+        ("tile_stride", ctypes.c_int64),
+        ("unit_stride", ctypes.c_int64),
+        ("num_layers", ctypes.c_int32),
+        ("num_units", ctypes.c_int32),
+        ("queries", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+    )
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (
+        ("groups", ctypes.c_void_p),
+        ("num_groups", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+
+STRUCT_BYTES = sum(ctypes.sizeof(each) for each in (_Stack, _Group, _Layer))
+
+
+def most_rows() -> int:
+    """Passes of more rows are a library's: it has several threads, and tiles in processors that have
+    those. Measured on one core without tiles, against oneDNN: 3.2 times as fast at one row, 1.7 at six,
+    1.5 at 36."""
+    return 16 if torch.get_num_threads() > 1 or torch.cpu._is_amx_tile_supported() else 64
+
+
+class Packed:
+    """A weight in tiles, with its bias in float32."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        """bfloat16 weights must have an even number of inputs."""
+        self.dtype = weight_OI.dtype
+        self.outputs, self.inputs = weight_OI.shape
+        self._weight = _in_tiles(weight_OI)
+        self._bias = None if bias_O is None else bias_O.float().contiguous()
+        self.matrix = _Matrix(
+            self._weight.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            self.inputs,
+            self.outputs,
+        )
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """`[T, O]` float32."""
+        kernels = load_kernels()
+        assert kernels is not None, "expected compiled kernels behind a packed weight"
+        y_TO = torch.empty(x_TI.shape[0], self.outputs)
+        kernels.product(self.dtype, self.matrix, x_TI, y_TO)
+        return y_TO
+
+
+def _in_tiles(weight_OI: Tensor) -> Tensor:
+    outputs, inputs = weight_OI.shape
+    num_tiles = -(-outputs // LANES)
+    padded = F.pad(weight_OI, (0, 0, 0, num_tiles * LANES - outputs))
+    if weight_OI.dtype == torch.float32:
+        return padded.view(num_tiles, LANES, inputs).transpose(1, 2).contiguous()
+    assert inputs % 2 == 0, f"expected pairs of inputs, found {inputs}"
+    return padded.view(num_tiles, LANES, inputs // 2, 2).transpose(1, 2).contiguous()
+
+
+def worth_packing(
+    arch: Architecture, *, ranks: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether a model's layers are small enough, and nothing in them is what `cpu_pass.h` lacks."""
+    if not supports(device, dtype, head_dim=arch.head_dim) or load_kernels() is None:
+        return False
+    heads = (
+        arch.num_heads + 2 * arch.num_kv_heads
+    ) * arch.head_dim + arch.num_heads * arch.head_dim
+    num_weights = arch.num_layers * arch.hidden_size * (heads + 3 * arch.ff_size)
+    num_weights += arch.vocab_size * arch.hidden_size
+    return not arch.qk_norm and num_weights * dtype.itemsize <= MOST_BYTES * ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLayer:
+    """A layer's weights on this rank."""
+
+    qkv: Packed
+    out: Packed
+    gate_up: Packed
+    down: Packed
+    units: range
+    """Those of its group that are its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedGroup:
+    """Layers that may run side by side."""
+
+    layers: Sequence[PackedLayer]
+    queries: int
+    window: int | None
+
+
+class SmallPasses:
+    """A model's layers over its KV pool, for passes of up to `most_rows` rows."""
+
+    def __init__(
+        self,
+        groups: Sequence[PackedGroup],
+        pool: KvPool,
+        *,
+        width: int,
+        eps: float,
+        scale: float,
+    ) -> None:
+        kernels = load_kernels()
+        assert kernels is not None, "expected compiled kernels behind packed weights"
+        self._kernels = kernels
+        self.most_rows = most_rows()
+        self._dtypes = (groups[0].layers[0].qkv.dtype, pool.groups[0].dtype)
+        self._most_layers = max(len(group.layers) for group in groups)
+        made, alive = (_Group * len(groups))(), []
+        for index, (group, blocks) in enumerate(zip(groups, pool.groups, strict=True)):
+            layers = (_Layer * len(group.layers))(
+                *(
+                    _Layer(
+                        each.qkv.matrix,
+                        each.out.matrix,
+                        each.gate_up.matrix,
+                        each.down.matrix,
+                        each.units.start,
+                        len(each.units),
+                    )
+                    for each in group.layers
+                )
+            )
+            alive.append(layers)
+            made[index] = _Group(
+                ctypes.addressof(layers),
+                blocks.data_ptr(),
+                blocks.stride(0),
+                blocks.stride(1),
+                blocks.stride(2),
+                len(group.layers),
+                blocks.shape[2],
+                group.queries,
+                group.window or 0,
+            )
+        self._alive = (groups, pool, made, alive)
+        self._stack = _Stack(ctypes.addressof(made), len(groups), width, eps, scale)
+        self._address = ctypes.addressof(self._stack)
+
+    def whole(self, h_TE: Tensor, rows: Rows, form: Form) -> Tensor:
+        """All layers on one rank: `[T, E]` before the final norm. `h_TE` is changed."""
+        T, E = h_TE.shape
+        room = torch.empty(1 + (self._most_layers if form == "attention" else 1), T, E)
+        delta_TE, A = room[0], room[1:]
+        self._kernels.small_pass(
+            self._dtypes, self._address, _native(rows), _FORMS[form], h_TE, delta_TE, A
+        )
+        return h_TE.add_(delta_TE)
+
+    def attention(
+        self,
+        h_TE: Tensor,
+        delta_TE: Tensor | None,
+        rows: Rows,
+        *,
+        group: int,
+        layers: range,
+        summed: bool,
+    ) -> Tensor:
+        """This rank's part of the attention of some layers of a group over the norm of
+        `h_TE += delta_TE`: `[L, T, E]`, or `[T, E]` if summed."""
+        shape = h_TE.shape if summed else (len(layers), *h_TE.shape)
+        A = torch.empty(shape)
+        self._kernels.small_attention(
+            self._dtypes, self._address, group, _native(rows), h_TE, delta_TE, layers, summed, A
+        )
+        return A
+
+    def mlp(self, h_TE: Tensor, A_TE: Tensor, *, group: int, layers: range) -> Tensor:
+        """This rank's part of the feed-forward blocks of some layers of a group, each over the norm of
+        `h_TE += A_TE`, summed: `[T, E]`."""
+        delta_TE = torch.empty_like(h_TE)
+        self._kernels.small_mlp(self._dtypes[0], self._address, group, h_TE, A_TE, layers, delta_TE)
+        return delta_TE
+
+
+def _native(rows: Rows) -> Pass:
+    assert rows.native is not None, "expected a pass for the compiled kernels"
+    return rows.native
