@@ -29,6 +29,7 @@ _FUNCTIONS = {
     ),
     "add_rms": (("f32_f32", "bf16_bf16", "f32_bf16"), (_P, _P, _I, _I, _F, _P)),
     "swiglu": (("f32", "bf16"), (_P, _I, _I, _P)),
+    "move_rows": (("f32", "bf16"), (_P, _L, _L, _L, _I, _I, _I, _P, _P, _I)),
 }
 """The forms each comes in, by the dtypes it reads and writes, and its arguments."""
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -53,6 +54,8 @@ class Pass(ctypes.Structure):
         ("sin", _P),
         ("sink_cos", _P),
         ("sink_sin", _P),
+        ("masks", _P),
+        ("tree_starts", _P),
     )
 
 
@@ -60,7 +63,7 @@ class Kernels:
     """The loaded library. Tensors must be contiguous, on the CPU, float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._attend, self._add_rms, self._swiglu = (
+        self._attend, self._add_rms, self._swiglu, self._move_rows = (
             {
                 tuple(_BY_NAME[part] for part in form.split("_")): function(
                     library, f"{name}_{form}", signature
@@ -124,6 +127,25 @@ class Kernels:
             gate_up.data_ptr(), out.numel() // shape[-1], shape[-1], out.data_ptr()
         )
         return out
+
+
+    def move_rows(
+        self, blocks: Tensor, *, head_dim: int, block_size: int, source: Tensor, target: Tensor
+    ) -> None:
+        """Copy keys and values of all units of `blocks` `[blocks, I, U, 2*16*D]` between slots,
+        `[moves]` int32 each, block times `block_size` plus place in it; in order."""
+        self._move_rows[(blocks.dtype,)](
+            blocks.data_ptr(),
+            blocks.stride(0),
+            blocks.stride(1),
+            blocks.stride(2),
+            blocks.shape[2],
+            head_dim,
+            block_size,
+            source.data_ptr(),
+            target.data_ptr(),
+            len(source),
+        )
 
 
 def supports(device: torch.device, *dtypes: torch.dtype, head_dim: int = 16) -> bool:
