@@ -37,7 +37,7 @@ from paceline.runtime.layers.cpu_kernels import Pass
 from paceline.runtime.layers.rope import RopeTable, Rotation
 
 MOST_NODES = 64
-"""Rows that a tree may have: bits of a word."""
+"""Rows that a tree may have in the KV: bits of a word (`config.MOST_TREE_ROWS`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
