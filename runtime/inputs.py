@@ -60,14 +60,6 @@ class Segment:
         """The slot of the first row."""
         return self.end - self.num_rows
 
-    def positions(self) -> list[int]:
-        """Where in the text each row stands."""
-        if not self.masks:
-            return list(range(self.start, self.end))
-        root = self.tree_start - 1
-        chain = range(self.start, self.end - len(self.masks))
-        return [*chain, *(root + mask.bit_count() for mask in self.masks)]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
@@ -112,8 +104,11 @@ def pack(
             f"expected rows within the blocks, found {segment.num_rows} rows up to {segment.end} in "
             f"{len(segment.table)} blocks"
         )
-        _check_tree(segment)
-        positions.extend(segment.positions())
+        if segment.masks:
+            _check_tree(segment)
+            positions += _positions_in_text(segment)
+        else:
+            positions.extend(range(segment.start, segment.end))
         starts.append(len(positions))
     assert len(positions) == token_ids_T.shape[0], (
         f"expected {len(positions)} tokens, found {token_ids_T.shape[0]}"
@@ -148,8 +143,6 @@ def pack(
 
 def _check_tree(segment: Segment) -> None:
     """Masks must be those of rows that lie behind the tree's root, parents before children."""
-    if not segment.masks:
-        return
     first = segment.end - len(segment.masks) - segment.tree_start
     assert first >= 0 and segment.start <= segment.end - len(segment.masks), (
         f"expected {len(segment.masks)} tree rows behind slot {segment.tree_start}, found rows "
@@ -162,6 +155,12 @@ def _check_tree(segment: Segment) -> None:
         assert row < MOST_NODES and mask.bit_length() == row + 1, (
             f"tree row {row} sees itself, and nothing after it; its mask is {mask:#b}"
         )
+
+
+def _positions_in_text(segment: Segment) -> list[int]:
+    root = segment.tree_start - 1
+    chain = range(segment.start, segment.end - len(segment.masks))
+    return [*chain, *(root + mask.bit_count() for mask in segment.masks)]
 
 
 def _fill(native: Pass, rows: Rows, starts: array[int]) -> None:

@@ -227,9 +227,11 @@ class DraftShape(WireType, frozen=True, kw_only=True):
     """Most nodes of the tree: rows of the target's pass."""
 
     def num_slots(self, depth: int) -> int:
-        """KV slots that target and drafter need behind the committed tokens."""
-        read = self.width * (depth - 1) if self.kind == "beam" else 0
-        return max(self.nodes, read)
+        """KV slots behind the committed tokens: for the target's rows, and for as many nodes as the
+        drafter may read, some of which it may then leave out."""
+        if self.kind == "beam":
+            return max(self.nodes, self.width * (depth - 1))
+        return min(64, 2 * self.nodes) if self.kind == "dynamic" else self.nodes
 
 
 class ScheduledRequest(WireType, frozen=True, kw_only=True, omit_defaults=True):

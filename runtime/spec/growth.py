@@ -8,8 +8,7 @@ growing stops there and names the nodes to read:
 
     beam                levels: the best `width` slots of each, and at the end the best `nodes` of all
     dynamic_threshold   levels: all slots of each that promise more than 1 / nodes
-    dynamic             no levels: the best slot anywhere; so that passes are few, whenever one is
-                        needed all nodes not read yet are read
+    dynamic             no levels: the best slots anywhere
     a chain             levels of one
 
 Two kinds of children. *Ranked* ones are chosen: the likeliest first, each with its chance, and a slot
@@ -17,6 +16,11 @@ promises the chance that this very token and all above it are kept. *Drawn* ones
 drafter's law without replacement. Their slots are valued before the draw (a draw must not decide
 whether it is made): v is the chance that a slot is reached, a child drawn with chance r passes v r on
 to its own children and leaves v (1 - r) to its next sibling.
+
+A node that was drawn must be verified: so the dynamic tree of drawn nodes grows one by one, and all
+that have not been read are read whenever one must be. Of ranked ones the same tree, the likeliest
+nodes of all, is found in fewer passes: each reads those nodes that are among the likeliest so far, and
+what turns out not to be is dropped.
 
 Sources: EasySpec (arXiv 2502.02493) for the levels of the beam, EAGLE-2 (arXiv 2406.16858) for keeping
 the best of all levels, DySpec (arXiv 2410.11744) for drawn children in both dynamic forms.
@@ -110,10 +114,11 @@ class Growth:
     """A tree of at most `depth` levels. Row i of its drafting passes is the i-th node named by
     `grow`."""
 
-    def __init__(self, *, depth: int, shape: DraftShape | None) -> None:
-        """Without a shape, a chain."""
+    def __init__(self, *, depth: int, shape: DraftShape | None, drawn: bool) -> None:
+        """Without a shape, a chain. `drawn` says of which kind all children will be."""
         self.shape = shape
         self._depth = depth
+        self._drawn = drawn
         # of every node, in the order in which they come
         self._token_ids: list[int] = []
         self._parents: list[int] = []
@@ -157,8 +162,8 @@ class Growth:
     def grow(self) -> list[int]:
         """Add nodes as far as can be: which must be read before it can go on, none at the end."""
         shape = self.shape
-        if shape is not None and shape.kind == "dynamic":
-            return self._grow_anywhere(shape)
+        if shape is not None and self._grows_anywhere:
+            return self._grow_one_by_one(shape) if self._drawn else self._grow_likeliest(shape)
         if shape is None:
             return self._grow_level(width=1, nodes=self._depth)
         if shape.kind == "beam":
@@ -166,11 +171,12 @@ class Growth:
         return self._grow_level(width=shape.nodes, nodes=shape.nodes, least=1.0 / shape.nodes)
 
     def finish(self) -> Grown:
-        """The tree. Of a beam the likeliest nodes: no child is likelier than its parent."""
+        """The tree. Of more nodes than it may have the likeliest: no child is likelier than its
+        parent."""
         kept: Sequence[int] = range(len(self._token_ids))
         if self.shape is not None and len(kept) > self.shape.nodes:
-            best = sorted(kept, key=lambda node: -self._values[node])
-            kept = sorted(best[: self.shape.nodes])
+            assert not self._drawn, "a node that was drawn cannot be dropped"
+            kept = sorted(self._likeliest(self.shape.nodes))
         place = {node: i for i, node in enumerate(kept)} | {ROOT: ROOT}
         return Grown(
             tree=DraftTree(
@@ -191,7 +197,26 @@ class Growth:
             return []
         return self._read([node for node in self._unread if self._values[node] > least])
 
-    def _grow_anywhere(self, shape: DraftShape) -> list[int]:
+    def _grow_likeliest(self, shape: DraftShape) -> list[int]:
+        least = 0.0
+        if len(self._token_ids) >= shape.nodes:
+            least = self._values[self._likeliest(shape.nodes)[-1]]
+        # nodes that come now may make a few of themselves superfluous: `finish` drops those
+        for _ in range(shape.nodes):
+            if not self._slots or -self._slots[0][0] <= least:
+                break
+            self._open()
+        unread = set(self._unread)
+        may_read = shape.num_slots(self._depth)
+        most = min(-(-may_read // max(1, self._depth - 1)), may_read - self._num_read)
+        best = [node for node in self._likeliest(shape.nodes) if node in unread][:most]
+        return self._read(best)
+
+    def _likeliest(self, count: int) -> list[int]:
+        """So many nodes, a parent always before its children."""
+        return sorted(range(len(self._values)), key=lambda node: -self._values[node])[:count]
+
+    def _grow_one_by_one(self, shape: DraftShape) -> list[int]:
         while self._slots and len(self._token_ids) < shape.nodes:
             if self._slots[0][2] not in self._children:
                 # what stood for the children of nodes not read yet has done so
@@ -205,8 +230,15 @@ class Growth:
         for node in nodes:
             self._rows[node] = self._num_read
             self._num_read += 1
-        self._unread = []
+        if self._grows_anywhere:
+            self._unread = [node for node in self._unread if self._rows[node] < 0]
+        else:
+            self._unread = []
         return nodes
+
+    @property
+    def _grows_anywhere(self) -> bool:
+        return self.shape is not None and self.shape.kind == "dynamic"
 
     def _open(self) -> None:
         """Draw the node of the best slot."""
@@ -224,7 +256,7 @@ class Growth:
         self._push(parent, children.value())
         if depth < self._depth:
             self._unread.append(node)
-            if self.shape is not None and self.shape.kind == "dynamic":
+            if self._drawn and self._grows_anywhere:
                 # its first child promises no more than this; how much, reading it will show
                 self._push(node, value)
 

@@ -35,6 +35,8 @@ class _Plant:
     """One request's draft on this rank."""
 
     ask: Ask
+    drawn: bool
+    """Whether its drafts are drawn, for the sampled rule, and not chosen."""
     masks: list[int] = field(default_factory=list)
     """Of the rows read so far (`inputs.py`)."""
     to_read: list[tuple[int, int]] = field(default_factory=list)
@@ -47,7 +49,8 @@ class _Plant:
     """By node, what its children were drawn from, if they were drawn."""
 
     def __post_init__(self) -> None:
-        self.growth = Growth(depth=self.ask.num_tokens, shape=self.ask.tree)
+        shape = self.ask.tree
+        self.growth = Growth(depth=self.ask.num_tokens, shape=shape, drawn=self.drawn)
         self.nodes = [ROOT]
 
     @property
@@ -98,7 +101,7 @@ class TreeDrafting:
     def propose(self, asks: Many[Ask], h_RE: Tensor) -> list[Draft]:
         """A draft per ask, given the hidden states of their last committed tokens: on rank 0, and
         empty ones on the others."""
-        plants = [_Plant(ask=ask) for ask in asks]
+        plants = [_Plant(ask=ask, drawn=self._draws(ask)) for ask in asks]
         while True:
             self._put(plants, h_RE)
             self._tell(plants)
@@ -123,15 +126,14 @@ class TreeDrafting:
         if self._axis.index != 0:
             return
         read = [(plant, node) for plant in plants for node in plant.nodes]
-        drawn = [row for row, (plant, _) in enumerate(read) if self._draws(plant.ask)]
-        ranked = [row for row, (plant, _) in enumerate(read) if not self._draws(plant.ask)]
+        drawn = [row for row, (plant, _) in enumerate(read) if plant.drawn]
+        ranked = [row for row, (plant, _) in enumerate(read) if not plant.drawn]
         if drawn:
             self._put_drawn(logits_RV[drawn], [read[row] for row in drawn])
         if ranked:
             self._put_ranked(logits_RV[ranked], [read[row] for row in ranked])
 
     def _draws(self, ask: Ask) -> bool:
-        """Whether its drafts are drawn, for the sampled rule, and not chosen."""
         if not self._rejection or ask.sequence.request.params.greedy:
             return False
         return ask.tree is None or ask.tree.kind != "beam"

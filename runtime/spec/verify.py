@@ -122,7 +122,7 @@ def verify_point_mass(
     assert probs.shape[0] == 1 + tree.num_nodes, (
         f"one distribution per row, expected {1 + tree.num_nodes}, found {probs.shape[0]}"
     )
-    return _follow(
+    return verify_chosen(
         tree, lambda node, depth: draw(probs[1 + node], uniforms(depth, purpose=Purpose.TOKEN))
     )
 
