@@ -55,7 +55,7 @@ from paceline.runtime.spec.drafter import (
 )
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.spec.ngram_drafter import NgramDrafter
-from paceline.runtime.spec.tree import ROOT, DraftTree
+from paceline.runtime.spec.tree import DraftTree
 from paceline.runtime.spec.verify import (
     accepted_of_chain,
     verify_chosen,
@@ -126,14 +126,10 @@ class Feed:
         return KeptPath(table=sequence.table, tree_start=start, rows=self.path)
 
     @property
-    def num_drafted(self) -> int:
-        """Drafts in a line of which the accepted ones are the first: of a tree, those down the path
-        and one more if there was any below it."""
+    def depth(self) -> int:
+        """Drafts that could all have been accepted."""
         tree = self.draft.tree
-        if tree is None:
-            return len(self.draft.token_ids)
-        path = self.path
-        return len(path) + bool(tree.children(path[-1] if path else ROOT))
+        return len(self.draft.token_ids) if tree is None else max(tree.depths, default=0)
 
     @property
     def prompt_rows(self) -> int:
@@ -487,7 +483,7 @@ class Worker:
         num_accepted = max(0, len(feed.emitted) - 1)
         drafter = self._drafters.get(feed.scheduled.drafter)
         if num_drafted and drafter is not None:
-            drafter.verified(sequence, num_drafted=feed.num_drafted, num_accepted=num_accepted)
+            drafter.verified(sequence, num_drafted=feed.depth, num_accepted=num_accepted)
         sequence.seen += feed.scheduled.num_tokens + num_accepted
         sequence.commit(feed.emitted)
         return RequestResult(

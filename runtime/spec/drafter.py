@@ -82,5 +82,5 @@ class Drafter(Protocol):
         """A draft per ask, in order, and where the time went (without `verify_ms`)."""
 
     def verified(self, sequence: Sequence, *, num_drafted: int, num_accepted: int) -> None:
-        """The target kept the first `num_accepted` of the tokens drafted for a request. Called
-        before the round's tokens are committed."""
+        """The target kept the first `num_accepted` of the tokens drafted for a request, of a tree so
+        many levels of `num_drafted`. Called before the round's tokens are committed."""
