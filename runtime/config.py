@@ -24,6 +24,10 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+MOST_TREE_ROWS = 64
+"""Nodes of a tree that a pass can tell apart."""
+
+
 class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How tokens are drafted. `--speculative-config` takes these keys as JSON."""
 
@@ -45,6 +49,26 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             description="Draft as many as pay, by recent acceptance and load, or always num_speculative_tokens."
         ),
     ] = "adaptive"
+    tree: Annotated[
+        Literal["chain", "beam", "dynamic", "dynamic_threshold"],
+        Meta(
+            description="How drafts branch while few requests run. beam: tree_width nodes at each of "
+            "num_speculative_tokens levels, the tree_nodes likeliest kept; dynamic: node after node where it "
+            "promises most; dynamic_threshold: the same level by level, in fewer passes. Needs draft_length fixed."
+        ),
+    ] = "chain"
+    tree_width: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="Most nodes of a level (beam), most children of a node (dynamic).",
+        ),
+    ] = 8
+    tree_nodes: Annotated[
+        int,
+        Meta(ge=1, le=64, description="Most nodes of a tree: draft tokens verified in one pass."),
+    ] = 32
     verification: Annotated[
         Literal["coupled", "rejection"],
         Meta(
@@ -480,6 +504,8 @@ def make_config(settings: Mapping[str, Any]) -> EngineConfig:
     spec = config.speculative_config
     if spec is not None and spec.prompt_lookup_min > spec.prompt_lookup_max:
         raise ConfigError("prompt_lookup_min must be at most prompt_lookup_max")
+    if spec is not None and spec.tree != "chain":
+        _check_tree(spec)
     transfer = config.kv_transfer_config
     if transfer is not None and transfer.host in ("0.0.0.0", "::", "*"):
         raise ConfigError(
@@ -491,6 +517,28 @@ def make_config(settings: Mapping[str, Any]) -> EngineConfig:
             f"distributed_executor_backend uni has one rank; {config.world_size} are asked for"
         )
     return config
+
+
+def _check_tree(spec: SpeculativeConfig) -> None:
+    """Raise ConfigError for a tree that would not be drafted, or not fit."""
+    if spec.method == "ngram":
+        raise ConfigError(f"tree {spec.tree} needs a draft model; ngram drafts chains")
+    if spec.draft_length != "fixed":
+        raise ConfigError(
+            f'tree {spec.tree} needs "draft_length": "fixed"; adaptive chooses among chains'
+        )
+    depth = spec.num_speculative_tokens
+    if spec.tree_nodes < depth:
+        raise ConfigError(
+            f"tree_nodes {spec.tree_nodes} is less than one node for each of num_speculative_tokens "
+            f"{depth} levels"
+        )
+    if spec.tree == "beam" and spec.tree_width * (depth - 1) > MOST_TREE_ROWS:
+        raise ConfigError(
+            f"tree_width {spec.tree_width} at {depth - 1} levels before the last makes the drafter read "
+            f"{spec.tree_width * (depth - 1)} nodes, {MOST_TREE_ROWS} at most: lower tree_width or "
+            "num_speculative_tokens"
+        )
 
 
 def make_fleet(settings: Mapping[str, Any]) -> FleetConfig:

@@ -6,6 +6,19 @@ A pass is packed: rows of many requests, one segment each, one after another.
     row_starts      0            4   5      7
     ends            132          58  901             positions the last row of each sees, itself included
 
+The last rows of a segment may be nodes of a draft tree. They lie in the KV one after another, in a
+slot each, but stand in the text at the depth of their node, and see of the tree only what is above
+them:
+
+    slot          | 0 .. root | t | t+1 | t+2 | t+3          t: `tree_start`, the slot after the root
+    tree                        a  ┬ b     ┬ d
+                                   └ c ────┘                 d is a child of c, b and c of a
+    mask                        0001 0011  0101  1101        bit i: the row sees slot t + i
+    position        0 .. root   t    t+1   t+1   t+2         root + depth, and depth = bits of the mask
+
+Parents come before their children, so the k-th bit of a mask from below is the ancestor at depth k:
+a mask says all there is to know of a node's place.
+
 Letters: T rows of the pass, D head width, B segments.
 """
 
@@ -24,6 +37,9 @@ from paceline.runtime.layers.cpu_kernels import Pass
 from paceline.runtime.layers.cpu_pass import SmallPasses
 from paceline.runtime.layers.rope import RopeTable, Rotation
 
+MOST_NODES = 64
+"""Rows that a tree may have in the KV: bits of a word (`config.MOST_TREE_ROWS`)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
@@ -35,6 +51,15 @@ class Segment:
     sinks: int = 0
     window: int = 0
     """A row sees the `sinks` first positions and the `window` latest ones; window 0: all."""
+    masks: Sequence[int] = ()
+    """Of the last rows, if they are nodes of a tree: which slots of it each sees, itself included."""
+    tree_start: int = 0
+    """The slot of the tree's first node, which bit 0 of a mask stands for."""
+
+    @property
+    def start(self) -> int:
+        """The slot of the first row."""
+        return self.end - self.num_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +68,7 @@ class Rows:
     rows."""
 
     token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
+    positions: Tensor  # [T] int64: in the text, so those of a tree repeat
     segments: Sequence[Segment]
     rotation: Rotation
     sink_rotation: Rotation | None
@@ -83,7 +108,11 @@ def pack(
             f"expected rows within the blocks, found {segment.num_rows} rows up to {segment.end} in "
             f"{len(segment.table)} blocks"
         )
-        positions.extend(range(segment.end - segment.num_rows, segment.end))
+        if segment.masks:
+            _check_tree(segment)
+            positions += _positions_in_text(segment)
+        else:
+            positions.extend(range(segment.start, segment.end))
         starts.append(len(positions))
     assert len(positions) == token_ids_T.shape[0], (
         f"expected {len(positions)} tokens, found {token_ids_T.shape[0]}"
@@ -117,6 +146,28 @@ def pack(
     return rows
 
 
+def _check_tree(segment: Segment) -> None:
+    """Masks must be those of rows that lie behind the tree's root, parents before children."""
+    first = segment.end - len(segment.masks) - segment.tree_start
+    assert first >= 0 and segment.start <= segment.end - len(segment.masks), (
+        f"expected {len(segment.masks)} tree rows behind slot {segment.tree_start}, found rows "
+        f"{segment.start} to {segment.end}"
+    )
+    assert segment.sinks <= segment.tree_start, (
+        f"a slot among {segment.sinks} sinks is its position, found a tree from {segment.tree_start}"
+    )
+    for row, mask in enumerate(segment.masks, first):
+        assert row < MOST_NODES and mask.bit_length() == row + 1, (
+            f"tree row {row} sees itself, and nothing after it; its mask is {mask:#b}"
+        )
+
+
+def _positions_in_text(segment: Segment) -> list[int]:
+    root = segment.tree_start - 1
+    chain = range(segment.start, segment.end - len(segment.masks))
+    return [*chain, *(root + mask.bit_count() for mask in segment.masks)]
+
+
 def _fill(native: Pass, rows: Rows, starts: array[int]) -> None:
     segments, pool = rows.segments, rows.pool
     ends = array("i", [segment.end for segment in segments])
@@ -129,10 +180,22 @@ def _fill(native: Pass, rows: Rows, starts: array[int]) -> None:
     native.row_starts, native.ends = _address(starts), _address(ends)
     native.sinks, native.windows = _address(sinks), _address(windows)
     native.tables = _address(tables)
+    if any(segment.masks for segment in segments):
+        _fill_trees(native, rows)
     native.cos, native.sin = rows.rotation.cos.data_ptr(), rows.rotation.sin.data_ptr()
     if rows.sink_rotation is not None:
         native.sink_cos = rows.sink_rotation.cos.data_ptr()
         native.sink_sin = rows.sink_rotation.sin.data_ptr()
+
+
+def _fill_trees(native: Pass, rows: Rows) -> None:
+    masks = array("Q")
+    for segment in rows.segments:
+        masks.extend([0] * (segment.num_rows - len(segment.masks)))
+        masks.extend(segment.masks)
+    tree_starts = array("i", [segment.tree_start for segment in rows.segments])
+    rows._alive.extend((masks, tree_starts))
+    native.masks, native.tree_starts = _address(masks), _address(tree_starts)
 
 
 def _address(values: array[int]) -> ctypes.c_void_p:

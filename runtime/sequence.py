@@ -46,14 +46,18 @@ class Sequence:
     def __post_init__(self) -> None:
         self.plain_greedy = is_plain_greedy(self.request.params)
 
-    def segment(self, *, start: int, num_rows: int) -> Segment:
-        """Rows from position `start` on."""
+    def segment(
+        self, *, start: int, num_rows: int, masks: Tokens[int] = (), tree_start: int = 0
+    ) -> Segment:
+        """Rows from slot `start` on, the last of them maybe of a tree with these masks."""
         return Segment(
             num_rows=num_rows,
             end=start + num_rows,
             table=self.table,
             sinks=self.sinks,
             window=self.window,
+            masks=masks,
+            tree_start=tree_start,
         )
 
     def commit(self, token_ids: Tokens[int]) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 """Raised by one whenever a type below changes its meaning; both ends of a channel compare it."""
 
 
@@ -208,6 +208,31 @@ class Handover(WireType, frozen=True, kw_only=True, omit_defaults=True):
 
 DrafterName = Literal["draft_model", "ngram"]
 
+TreeKind = Literal["beam", "dynamic", "dynamic_threshold"]
+
+
+class DraftShape(WireType, frozen=True, kw_only=True):
+    """How a request's drafts branch: a tree as deep as its number of draft tokens says.
+
+    beam                 the `width` likeliest nodes of each level (EasySpec, arXiv 2502.02493),
+                         of all of them the `nodes` likeliest (EAGLE-2, arXiv 2406.16858)
+    dynamic              node after node where it promises most (DySpec, arXiv 2410.11744)
+    dynamic_threshold    level after level, all nodes that promise more than 1 / `nodes`
+    """
+
+    kind: TreeKind
+    width: Annotated[int, Meta(ge=1, le=64)]
+    """Most nodes of a level of `beam`, most children of a node of the others."""
+    nodes: Annotated[int, Meta(ge=1, le=64)]
+    """Most nodes of the tree: rows of the target's pass."""
+
+    def num_slots(self, depth: int) -> int:
+        """KV slots behind the committed tokens: for the target's rows, and for as many nodes as the
+        drafter may read, some of which it may then leave out."""
+        if self.kind == "beam":
+            return max(self.nodes, self.width * (depth - 1))
+        return min(64, 2 * self.nodes) if self.kind == "dynamic" else self.nodes
+
 
 class ScheduledRequest(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """One request's share of a step: how many tokens it feeds, and how many it drafts on top.
@@ -222,6 +247,9 @@ class ScheduledRequest(WireType, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str
     num_tokens: Annotated[int, Meta(ge=1)]
     num_draft_tokens: Annotated[int, Meta(ge=0)] = 0
+    """Most drafts that can be kept: the length of a chain, the depth of a tree."""
+    tree: DraftShape | None = None
+    """How the draft model's drafts branch; None for a chain."""
     drafter: DrafterName = "draft_model"
     """Who drafts, if anybody does."""
     read_draft: bool = False
@@ -282,7 +310,9 @@ class RequestResult(WireType, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str
     token_ids: tuple[int, ...] = ()
     num_drafted: int = 0
+    """Tokens of its chain, or nodes of its tree."""
     num_accepted: int = 0
+    """Those of them on the path that was kept."""
     draft_exact: int = 0
     """How many leading tokens of the request have exact drafter KV after the step."""
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -347,6 +377,7 @@ class RequestMetrics(WireType, frozen=True, kw_only=True):
     rounds: int
     """Verification passes, each of which emitted at least one token."""
     drafted: int
+    """Nodes of trees included, of which no more than a path can be kept."""
     accepted: int
     accepted_at: tuple[int, ...]
     """Entry i counts the rounds that accepted exactly i drafts."""
@@ -443,7 +474,8 @@ class StepStats(WireType, frozen=True, kw_only=True):
     num_requests: int
     num_rows: int
     draft_lengths: tuple[int, ...] = ()
-    """Drafts chosen for each request that drafted."""
+    """Drafts chosen for each request that drafted: the length of its chain, the depth of its
+    tree."""
 
 
 class KvLinks(WireType, frozen=True, kw_only=True):
@@ -501,7 +533,8 @@ class EngineStatus(WireType, frozen=True, kw_only=True):
     drafted: int = 0
     accepted: int = 0
     accepted_at_position: tuple[int, ...] = ()
-    """Entry i counts the rounds in which the i-th draft was accepted."""
+    """Entry i counts the rounds in which a draft at that place was accepted: of a tree, at that
+    depth."""
     steps: tuple[StepStats, ...] = ()
     """Those since the last status, the latest thousand at most."""
     ranks: tuple[str, ...] = ()

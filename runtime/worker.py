@@ -30,22 +30,39 @@ from paceline.parallel.tensor import best, gather_vocabulary
 from paceline.runtime.clock import StageClock
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import PromptError
+from paceline.runtime.kv.compact import KeptPath
 from paceline.runtime.loading import Loaded, load
 from paceline.runtime.sampling.batch import (
     SampleRequest,
     SampleState,
     target_probs,
+    target_token,
     target_tokens,
+    tree_probs,
 )
 from paceline.runtime.sampling.logprobs import token_logprobs
 from paceline.runtime.sampling.sampler import RoundUniforms
 from paceline.runtime.sequence import Sequence
 from paceline.runtime.spec.calibrate import Calibration, DraftRows
-from paceline.runtime.spec.drafter import Ask, Draft, Drafter, Reading
+from paceline.runtime.spec.drafter import (
+    Ask,
+    Draft,
+    Drafter,
+    Reading,
+    draft_words,
+    most_words,
+    read_words,
+)
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.spec.ngram_drafter import NgramDrafter
 from paceline.runtime.spec.tree import DraftTree
-from paceline.runtime.spec.verify import accepted_of_chain, verify_point_mass, verify_sampled
+from paceline.runtime.spec.verify import (
+    accepted_of_chain,
+    verify_chosen,
+    verify_greedy,
+    verify_point_mass,
+    verify_sampled,
+)
 from paceline.runtime.transfer.rank import KvLink
 from paceline.runtime.types import (
     DrafterName,
@@ -94,6 +111,25 @@ class Feed:
     @property
     def num_rows(self) -> int:
         return self.scheduled.num_tokens + len(self.draft.token_ids)
+
+    @property
+    def path(self) -> tuple[int, ...]:
+        """The nodes of its tree that were accepted."""
+        assert self.draft.tree is not None, "expected a tree"
+        return self.draft.tree.walk(self.emitted[:-1])
+
+    @property
+    def kept(self) -> KeptPath:
+        """The same, of the target's KV."""
+        sequence = self.sequence
+        start = len(sequence.token_ids)
+        return KeptPath(table=sequence.table, tree_start=start, rows=self.path)
+
+    @property
+    def depth(self) -> int:
+        """Drafts that could all have been accepted."""
+        tree = self.draft.tree
+        return len(self.draft.token_ids) if tree is None else max(tree.depths, default=0)
 
     @property
     def prompt_rows(self) -> int:
@@ -249,16 +285,22 @@ class Worker:
             if asking or readings:
                 times = times.plus(self._ask(drafter, asking, readings))
         modelled = [feed for feed in feeds if feed.asks("draft_model")]
-        if modelled and self.mesh.draft.size != self.mesh.world.size:
-            chains = [feed.draft.token_ids for feed in modelled]
-            sizes = [feed.scheduled.num_draft_tokens for feed in modelled]
-            for feed, token_ids in zip(modelled, self._tell(chains, sizes), strict=True):
-                feed.draft = Draft(token_ids=token_ids, probs_PV=feed.draft.probs_PV)
+        branching = any(feed.scheduled.tree is not None for feed in modelled)
+        if modelled and (branching or self.mesh.draft.size != self.mesh.world.size):
+            drafts = [draft_words(feed.draft) for feed in modelled]
+            sizes = [most_words(feed.scheduled) for feed in modelled]
+            for feed, words in zip(modelled, self._tell(drafts, sizes), strict=True):
+                branches = feed.scheduled.tree is not None
+                feed.draft = read_words(words, branches=branches, probs_PV=feed.draft.probs_PV)
         return times
 
     def _ask(self, drafter: Drafter, feeds: list[Feed], readings: list[Reading]) -> StageTimes:
         asks = [
-            Ask(sequence=feed.sequence, num_tokens=feed.scheduled.num_draft_tokens)
+            Ask(
+                sequence=feed.sequence,
+                num_tokens=feed.scheduled.num_draft_tokens,
+                tree=feed.scheduled.tree,
+            )
             for feed in feeds
         ]
         drafts, times = drafter.propose(asks, readings)
@@ -280,7 +322,15 @@ class Worker:
             fed_to = sequence.seen + feed.scheduled.num_tokens
             token_ids += sequence.token_ids[sequence.seen : fed_to]
             token_ids += feed.draft.token_ids
-            segments.append(sequence.segment(start=sequence.seen, num_rows=feed.num_rows))
+            tree = feed.draft.tree
+            segments.append(
+                sequence.segment(
+                    start=sequence.seen,
+                    num_rows=feed.num_rows,
+                    masks=() if tree is None else tree.ancestor_mask,
+                    tree_start=fed_to,
+                )
+            )
             wanted.extend(range(first, first + feed.prompt_rows))
             if feed.emits:
                 wanted.extend(range(first + feed.scheduled.num_tokens - 1, len(token_ids)))
@@ -332,10 +382,24 @@ class Worker:
         told = self._tell([feed.emitted for feed in emitting], sizes)
         for feed, token_ids in zip(emitting, told, strict=True):
             feed.emitted = token_ids
+        self._keep([feed for feed in emitting if feed.draft.tree is not None])
+
+    def _keep(self, feeds: list[Feed]) -> None:
+        """Of these trees, leave the KV of what was accepted, where a chain's would be."""
+        if not feeds:
+            return
+        if self.target is not None:
+            self.target.keep([feed.kept for feed in feeds])
+        if self._models.draft_model is not None:
+            self._models.draft_model.keep([(f.sequence, f.draft, f.path) for f in feeds])
 
     def _follow(self, emitting: list[Feed], tokens: list[list[int]]) -> None:
-        """Keep each chain as far as the target's own tokens agree with it, and add the next one."""
+        """Keep each draft as far as the target's own tokens agree with it, and add the next one."""
         for feed, own in zip(emitting, tokens, strict=True):
+            tree = feed.draft.tree
+            if tree is not None:
+                feed.emitted = verify_greedy(tree, own).emitted(tree)
+                continue
             kept = accepted_of_chain(feed.draft.token_ids, own)
             feed.emitted = tuple(own[: kept + 1])
 
@@ -361,7 +425,9 @@ class Worker:
                 rows.append(logits_PV[first:end])
                 first = end
         coupled = [
-            (feed, part) for feed, part in zip(emitting, rows, strict=True) if not self._drawn(feed)
+            (feed, part)
+            for feed, part in zip(emitting, rows, strict=True)
+            if not self._drawn(feed) and feed.draft.tree is None
         ]
         if coupled:
             requests = [_sample_request(feed) for feed, _ in coupled]
@@ -370,9 +436,13 @@ class Worker:
         for feed, part in zip(emitting, rows, strict=True):
             if self._drawn(feed):
                 feed.emitted = self._verify_drawn(feed, part)
+            elif feed.draft.tree is not None:
+                feed.emitted = self._verify_tree(feed.draft.tree, feed, part)
             asked = feed.sequence.request.params.logprobs
             if asked is not None:
                 count = len(feed.emitted)
+                if feed.draft.tree is not None:
+                    part = part[[0, *(1 + node for node in feed.path)]]
                 feed.logprobs = tuple(
                     token_logprobs(part[:count], feed.emitted, num_top=[asked] * count)
                 )
@@ -383,14 +453,29 @@ class Worker:
 
     def _verify_drawn(self, feed: Feed, logits_PV: Tensor) -> tuple[int, ...]:
         request, draft_probs_PV = _sample_request(feed), feed.draft.probs_PV
-        probs_PV = target_probs(logits_PV, request)
+        tree = feed.draft.tree
+        if tree is None:
+            tree = DraftTree.chain(feed.draft.token_ids)
+            probs_PV = target_probs(logits_PV, request)
+        else:
+            probs_PV = tree_probs(logits_PV, request.state, tree)
         uniforms = RoundUniforms(request.state.request.seed, request.state.num_committed)
-        tree = DraftTree.chain(feed.draft.token_ids)
         if draft_probs_PV is None:  # chosen, not drawn
             verdict = verify_point_mass(tree, probs_PV, uniforms=uniforms)
         else:
             verdict = verify_sampled(tree, probs_PV, draft_probs_PV, uniforms=uniforms)
-        return (*(tree.token_ids[node] for node in verdict.path), verdict.token_id)
+        return verdict.emitted(tree)
+
+    def _verify_tree(self, tree: DraftTree, feed: Feed, logits_PV: Tensor) -> tuple[int, ...]:
+        """Go down the tree by the tokens that the target draws on the way, and draws nowhere else."""
+        state = _sample_request(feed).state
+
+        def token_id(node: int, _depth: int) -> int:
+            return target_token(
+                logits_PV[1 + node], SampleRequest(state=state, drafts=tree.tokens(node))
+            )
+
+        return verify_chosen(tree, token_id).emitted(tree)
 
     def _commit(self, feed: Feed) -> RequestResult:
         """Move the lengths; nothing is copied."""
@@ -398,7 +483,7 @@ class Worker:
         num_accepted = max(0, len(feed.emitted) - 1)
         drafter = self._drafters.get(feed.scheduled.drafter)
         if num_drafted and drafter is not None:
-            drafter.verified(sequence, num_drafted=num_drafted, num_accepted=num_accepted)
+            drafter.verified(sequence, num_drafted=feed.depth, num_accepted=num_accepted)
         sequence.seen += feed.scheduled.num_tokens + num_accepted
         sequence.commit(feed.emitted)
         return RequestResult(

@@ -14,6 +14,7 @@ from tests.paged import ScatteredBlocks
 
 from paceline.runtime.types import (
     DrafterName,
+    DraftShape,
     Request,
     RequestResult,
     SamplingParams,
@@ -64,6 +65,12 @@ class Share:
     num_drafts: int = 0
     drafter: DrafterName = "draft_model"
     read_draft: bool = False
+    tree: DraftShape | None = None
+
+    @property
+    def most_rows(self) -> int:
+        """Drafts, and KV slots behind the committed tokens."""
+        return self.num_drafts if self.tree is None else self.tree.num_slots(self.num_drafts)
 
 
 class Driver:
@@ -130,7 +137,7 @@ class Driver:
 
     def _schedule(self, share: Share) -> ScheduledRequest:
         text = share.text
-        end = text.seen + share.num_tokens + share.num_drafts
+        end = text.seen + share.num_tokens + share.most_rows
         missing = -(-end // self._block_size) - len(text.blocks)
         new = self.blocks.take(max(0, missing))
         first = not text.known
@@ -141,6 +148,7 @@ class Driver:
             request_id=text.name,
             num_tokens=share.num_tokens,
             num_draft_tokens=share.num_drafts,
+            tree=share.tree,
             drafter=share.drafter,
             read_draft=share.read_draft,
             new_blocks=(*held, *new),
@@ -154,7 +162,8 @@ class Driver:
         text = share.text
         emits = share.num_tokens == text.unread
         assert len(result.token_ids) == (result.num_accepted + 1 if emits else 0)
-        assert 0 <= result.num_accepted <= result.num_drafted <= share.num_drafts
+        assert 0 <= result.num_accepted <= result.num_drafted <= share.most_rows
+        assert result.num_accepted <= share.num_drafts
         assert result.draft_exact <= text.seen + share.num_tokens + result.num_accepted
         text.seen += share.num_tokens + result.num_accepted
         text.output += result.token_ids
@@ -167,17 +176,20 @@ class Driver:
         chunk: int = 512,
         drafter: DrafterName = "draft_model",
         read_draft: bool = True,
+        tree: DraftShape | None = None,
     ) -> list[list[int]]:
         """All of them to their ends, side by side; their outputs."""
         while going := [text for text in texts if not text.done]:
             shares = []
             for text in going:
                 emits = text.unread <= chunk
+                num_drafts = drafts if emits and text.output else 0
                 shares.append(
                     Share(
                         text=text,
                         num_tokens=min(chunk, text.unread),
-                        num_drafts=drafts if emits and text.output else 0,
+                        num_drafts=num_drafts,
+                        tree=tree if num_drafts else None,
                         drafter=drafter,
                         read_draft=read_draft and not (drafts and text.output),
                     )

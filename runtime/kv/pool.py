@@ -11,7 +11,7 @@ blocks.
 Letters: P tokens of a block, D head width, U units, I tiles of a block (P / 16).
 
 Rows past a request's length are free space: rejected drafts are forgotten by moving a length, never
-by copying.
+by copying. Only what is kept of a tree is moved (compact.py).
 """
 
 from __future__ import annotations
@@ -157,6 +157,17 @@ class BlockTable:
     def address(self) -> int:
         """Where its int32 entries lie; until it is extended."""
         return self._ids.buffer_info()[0]
+
+    def slots(self, start: int, end: int, *, block_size: int) -> list[int]:
+        """Where in the pool its positions from `start` to `end` lie: block times `block_size` plus
+        place in it."""
+        assert 0 <= start <= end <= len(self._ids) * block_size, (
+            f"expected positions within {len(self._ids)} blocks, found {start} to {end}"
+        )
+        return [
+            self._ids[position // block_size] * block_size + position % block_size
+            for position in range(start, end)
+        ]
 
     def ids(self) -> Tensor:
         """`[blocks]` int64."""

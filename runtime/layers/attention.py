@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paceline.runtime.inputs import Rows, Segment
+from paceline.runtime.inputs import MOST_NODES, Rows, Segment
 from paceline.runtime.kv.pool import TILE, KvPool
 from paceline.runtime.layers.cpu_kernels import load_kernels
 from paceline.runtime.layers.rope import rotate
@@ -93,13 +93,14 @@ def _attend_torch(
 
 def _slots(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Block, tile in it and place in that of every row, `[T]` each."""
-    size = rows.pool.block_size
-    blocks = []
-    for segment in rows.segments:
-        positions = torch.arange(segment.end - segment.num_rows, segment.end)
-        blocks.append(segment.table.ids()[positions // size])
-    offsets_T = rows.positions % size
-    return torch.cat(blocks).to(rows.positions.device), offsets_T // TILE, offsets_T % TILE
+    size, device = rows.pool.block_size, rows.positions.device
+    slots = [torch.arange(segment.start, segment.end) for segment in rows.segments]
+    blocks = [
+        segment.table.ids()[each // size]
+        for segment, each in zip(rows.segments, slots, strict=True)
+    ]
+    offsets_T = torch.cat(slots).to(device) % size
+    return torch.cat(blocks).to(device), offsets_T // TILE, offsets_T % TILE
 
 
 def _alike(segments: Sequence[Segment]) -> dict[int, list[tuple[int, Segment]]]:
@@ -145,4 +146,24 @@ def _hidden(
         own = own.clamp(max=window)
     row = positions_BR[..., None]
     far = (column <= row - own) & (column >= sinks[:, None])
-    return (column > row) | far, column < sinks
+    hidden = (column > row) | far
+    for b, segment in enumerate(segments):
+        if segment.masks:
+            latest = min(each for each in (segment.window, window, MOST_NODES) if each)
+            seen = [_bits(_latest(mask, latest)) for mask in segment.masks]
+            within = hidden[b, -len(seen) :, segment.tree_start :]
+            found = torch.tensor(seen, device=device)[:, : within.shape[1]]
+            within.fill_(value=True)
+            within[:, : found.shape[1]] = ~found
+    return hidden, column < sinks
+
+
+def _bits(mask: int) -> list[bool]:
+    return [bool(mask >> i & 1) for i in range(MOST_NODES)]
+
+
+def _latest(mask: int, count: int) -> int:
+    """A node's mask without the ancestors that a window of `count` hides: the lowest bits."""
+    for _ in range(mask.bit_count() - count):
+        mask &= mask - 1
+    return mask

@@ -27,6 +27,8 @@ extern "C" {
 
 // One packed pass, the same for every layer. Row t of segment b stands at position
 // ends[b] - (row_starts[b + 1] - t), and sees the positions up to its own that are below sinks[b] or within windows[b].
+// A row with a mask is a node of a draft tree: it lies there, but stands at tree_starts[b] - 1 + bits of its mask, and
+// sees slot tree_starts[b] + i if bit i is set, and no other of the tree.
 struct Pass {
     int32_t num_rows, num_segments, block_size, head_dim;
     const int32_t *row_starts;     // [B + 1]
@@ -36,6 +38,8 @@ struct Pass {
     const int32_t *const *tables;  // [B] block ids by position / P
     const float *cos, *sin;        // [T, D], sines signed for the half they meet
     const float *sink_cos, *sink_sin;  // [T, D] for queries that look at sinks from a window; null if no segment has one
+    const uint64_t *masks;             // [T], 0 for rows of no tree; null if there is none
+    const int32_t *tree_starts;        // [B]
 };
 
 int pass_bytes() { return int(sizeof(Pass)); }
@@ -131,12 +135,32 @@ struct Strides {
     int64_t block, tile, unit;
 };
 
+// Queries of a tile that are nodes of a draft tree, by their masks, of which windows have cut the bits they hide.
+struct Tree {
+    int start;
+    uint64_t masks[TILE];
+
+    // Slots beyond those that any of them sees.
+    int end() const {
+        uint64_t all = 0;
+        for (uint64_t mask : masks) all |= mask;
+        return start + (all ? 64 - __builtin_clzll(all) : 0);
+    }
+    // Which of the slots j .. j + 15 query q sees.
+    Ints shown(int q, int j, Ints lane) const {
+        const int shift = j - start;
+        if (shift <= -LANES || shift >= 64) return Ints{};
+        const uint64_t word = shift < 0 ? masks[q] << -shift : masks[q] >> shift;
+        return ((Ints{} + int(word & 0xffff)) >> lane & 1) != 0;
+    }
+};
+
 // Q queries of one segment against all keys they see, of all units. Keys outermost, so that memory is read in its own
 // order.
 template <typename Kv>
 void attend_tile(const Pass &pass, int b, const Kv *blocks, const Strides &strides, int U,
                  const float *queries, const float *at_sinks, int64_t query_stride, const int *position, int Q,
-                 int window, Seen *seen) {
+                 int window, const Tree *tree, Seen *seen) {
     const int D = pass.head_dim, P = pass.block_size;
     const int32_t *table = pass.tables[b];
     int first = position[0], last = position[0];
@@ -157,6 +181,11 @@ void attend_tile(const Pass &pass, int b, const Kv *blocks, const Strides &strid
         low = 0;
     }
     spans[num_spans++] = {low, last + 1};
+    int shared = first;  // slots up to here are of no tree, and after no query
+    if (tree) {
+        spans[num_spans - 1].to = tree->end();
+        shared = shared < tree->start ? shared : tree->start - 1;
+    }
 
     for (int i = 0; i < U * Q; i++) {
         seen[i].best = MASKED;
@@ -170,13 +199,15 @@ void attend_tile(const Pass &pass, int b, const Kv *blocks, const Strides &strid
         for (int j = spans[s].from / LANES * LANES; j < spans[s].to; j += LANES) {
             const int begin = j < spans[s].from ? spans[s].from - j : 0;
             const int count = (j + LANES <= spans[s].to ? LANES : spans[s].to - j) - begin;
-            const bool whole = count == LANES && j + LANES - 1 <= first &&
+            const bool whole = count == LANES && j + LANES - 1 <= shared &&
                                (window == 0 || sink_part || j >= last - window + 1);
             Ints shown[TILE];
             for (int q = 0; q < Q && !whole; q++) {
                 const Ints at = lane + j;
-                shown[q] = (at >= spans[s].from) & (at < spans[s].to) & (at <= position[q]);
+                const bool node = tree && tree->masks[q];
+                shown[q] = (at >= spans[s].from) & (at < spans[s].to) & (at <= (node ? tree->start - 1 : position[q]));
                 if (window > 0) shown[q] &= (at > position[q] - window) | (at < sinks);
+                if (node && !sink_part) shown[q] |= tree->shown(q, j, lane);
             }
             const Kv *tile = blocks + table[j / P] * strides.block + j % P / LANES * strides.tile;
             for (int u = 0; u < U; u++, tile += strides.unit) {
@@ -194,6 +225,23 @@ void attend_tile(const Pass &pass, int b, const Kv *blocks, const Strides &strid
         const float inverse = 1.0f / total;
         for (int d = 0; d < D; d++) seen[i].values[d] *= inverse;
     }
+}
+
+// The part of a tile's queries that is of a tree, and where in the text these stand; whether there is any.
+bool branch(const Pass &pass, int b, int row, int g, int G, int Q, int window, int *position, Tree *tree) {
+    tree->start = pass.tree_starts[b];
+    bool any = false;
+    for (int q = 0; q < TILE; q++) {
+        uint64_t mask = q < Q ? pass.masks[row + (g + q) / G] : 0;
+        tree->masks[q] = mask;
+        if (!mask) continue;
+        any = true;
+        const int depth = __builtin_popcountll(mask);
+        position[q] = tree->start - 1 + depth;
+        // a window hides the ancestors farthest away: the lowest bits
+        for (int hidden = window > 0 ? depth - window : 0; hidden > 0; hidden--) tree->masks[q] &= tree->masks[q] - 1;
+    }
+    return any;
 }
 
 template <typename In, typename Out>
@@ -261,10 +309,12 @@ void attend(const Pass &pass, const In *qkv, Kv *blocks, const Strides &strides,
             const int Q = count * G - from < TILE ? count * G - from : TILE;
             int position[TILE];
             for (int q = 0; q < Q; q++) position[q] = pass.ends[b] - (count - (from + q) / G);
+            Tree tree;
+            const bool branches = pass.masks && branch(pass, b, start + from / G, from % G, G, Q, window, position, &tree);
             const size_t at = (size_t(start) * G + from) * D;
             attend_tile(pass, b, blocks, strides, U, rotated.data() + at,
                         sinks ? rotated_sinks.data() + at : nullptr, int64_t(T) * G * D, position, Q, window,
-                        seen.data());
+                        branches ? &tree : nullptr, seen.data());
             for (int u = 0; u < U; u++)
                 for (int q = 0; q < Q; q++) {
                     const int row = start + (from + q) / G, g = (from + q) % G;
@@ -315,11 +365,36 @@ void swiglu(const In *gate_up, int rows, int F, Out *out) {
     }
 }
 
+// KV of all units from slot to slot of a group's pages, one row after another: a row may be moved to where an earlier
+// one came from.
+template <typename Kv>
+void move_rows(Kv *blocks, const Strides &strides, int U, int D, int P, const int32_t *from, const int32_t *to,
+               int count) {
+    for (int i = 0; i < count; i++) {
+        const int a = from[i] % LANES, b = to[i] % LANES;
+        const Kv *source = blocks + from[i] / P * strides.block + from[i] % P / LANES * strides.tile;
+        Kv *target = blocks + to[i] / P * strides.block + to[i] % P / LANES * strides.tile;
+        for (int u = 0; u < U; u++, source += strides.unit, target += strides.unit) {
+            for (int d = 0; d < D; d++) target[d * LANES + b] = source[d * LANES + a];
+            std::memcpy(target + (LANES + b) * D, source + (LANES + a) * D, sizeof(Kv) * D);
+        }
+    }
+}
+
 }  // namespace
 
 #include "cpu_pass.h"
 
 extern "C" {
+
+void move_rows_f32(float *blocks, int64_t block_stride, int64_t tile_stride, int64_t unit_stride, int U, int D, int P,
+                   const int32_t *from, const int32_t *to, int count) {
+    move_rows(blocks, {block_stride, tile_stride, unit_stride}, U, D, P, from, to, count);
+}
+void move_rows_bf16(Bf16 *blocks, int64_t block_stride, int64_t tile_stride, int64_t unit_stride, int U, int D, int P,
+                    const int32_t *from, const int32_t *to, int count) {
+    move_rows(blocks, {block_stride, tile_stride, unit_stride}, U, D, P, from, to, count);
+}
 
 // by the types of heads, KV and context
 #define ATTEND(name, In, Kv, Out)                                                                                    \

@@ -32,6 +32,7 @@ _FUNCTIONS = {
     ),
     "add_rms": (("f32_f32", "bf16_bf16", "f32_bf16"), (_P, _P, _I, _I, _F, _P)),
     "swiglu": (("f32", "bf16"), (_P, _I, _I, _P)),
+    "move_rows": (("f32", "bf16"), (_P, _L, _L, _L, _I, _I, _I, _P, _P, _I)),
     "pass": (("f32_f32", "bf16_bf16", "bf16_f32"), (_P, _P, _I, _P, _P, _P)),
     "attention": (
         ("f32_f32", "bf16_bf16", "bf16_f32"),
@@ -63,6 +64,8 @@ class Pass(ctypes.Structure):
         ("sin", _P),
         ("sink_cos", _P),
         ("sink_sin", _P),
+        ("masks", _P),
+        ("tree_starts", _P),
     )
 
 
@@ -74,6 +77,7 @@ class Kernels:
             self._attend,
             self._add_rms,
             self._swiglu,
+            self._move_rows,
             self._pass,
             self._attention,
             self._mlp,
@@ -218,6 +222,24 @@ class Kernels:
         """Rows times a weight in tiles."""
         self._product[(dtype,)](
             ctypes.addressof(matrix), x_TI.data_ptr(), x_TI.shape[0], y_TO.data_ptr()
+        )
+
+    def move_rows(
+        self, blocks: Tensor, *, head_dim: int, block_size: int, source: Tensor, target: Tensor
+    ) -> None:
+        """Copy keys and values of all units of `blocks` `[blocks, I, U, 2*16*D]` between slots,
+        `[moves]` int32 each, block times `block_size` plus place in it; in order."""
+        self._move_rows[(blocks.dtype,)](
+            blocks.data_ptr(),
+            blocks.stride(0),
+            blocks.stride(1),
+            blocks.stride(2),
+            blocks.shape[2],
+            head_dim,
+            block_size,
+            source.data_ptr(),
+            target.data_ptr(),
+            len(source),
         )
 
 

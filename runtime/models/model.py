@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paceline.runtime.inputs import Rows, Segment, pack
+from paceline.runtime.kv.compact import KeptPath, compact
 from paceline.runtime.kv.pool import KvPool
 from paceline.runtime.layers.cpu_kernels import load_kernels, supports
 from paceline.runtime.layers.cpu_pass import SmallPasses
@@ -90,6 +91,11 @@ class Model:
             small=self._small,
             written=written,
         )
+
+    def keep(self, paths: Sequence[KeptPath]) -> None:
+        """Of trees that were verified, keep these rows' keys and values, as if they had been
+        chains."""
+        compact(self.pool, paths, native=self._native)
 
 
 def units_of(decoder: Decoder) -> list[int]:

@@ -37,6 +37,7 @@ from paceline.runtime.sampling.sampler import (
     gumbel_noise,
     gumbel_noise_at,
 )
+from paceline.runtime.spec.tree import ROOT, DraftTree
 from paceline.runtime.types import Request, SamplingParams
 
 # Measured in ms on one CPU core, `target_tokens`, logits and 36 requests of 1 or 6 rows each:
@@ -197,22 +198,53 @@ def draft_tokens(logits_RV: Tensor, requests: Sequence[SampleRequest]) -> Tensor
     One row each. Drawn with the noise that the target will draw with at the same position. The
     drafter's vocabulary may be shorter than the target's, or padded.
     """
-    logits_RV = _target_width(logits_RV, requests)
+    logits_RV = target_width(logits_RV, requests)
     return _tokens(logits_RV, [(request, len(request.drafts)) for request in requests])
 
 
 def draft_probs(logits_RV: Tensor, requests: Sequence[SampleRequest]) -> tuple[list[int], Tensor]:
     """`draft_tokens` for the rejection rule: tokens, and what they were drawn from, [R, V]."""
-    logits_RV = _target_width(logits_RV, requests)
+    probs_RV = draft_laws(logits_RV, requests)
     token_ids = []
-    probs = []
-    for row, request in enumerate(requests):
-        state, depth = request.state, len(request.drafts)
-        probs_1V = _distribution(logits_RV[row : row + 1], request, first=depth)
-        uniforms = RoundUniforms(state.request.seed, state.num_committed)
-        token_ids.append(draw(probs_1V[0], uniforms(1 + depth, purpose=Purpose.DRAFT)))
-        probs.append(probs_1V)
-    return token_ids, torch.cat(probs)
+    for probs_V, request in zip(probs_RV, requests, strict=True):
+        token_ids.append(draw_draft(probs_V, request, lane=0))
+    return token_ids, probs_RV
+
+
+def draft_laws(logits_RV: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
+    """What the drafter draws each request's next token from, [R, V] of the target's vocabulary."""
+    logits_RV = target_width(logits_RV, requests)
+    return torch.cat(
+        [
+            _distribution(logits_RV[row : row + 1], request, first=len(request.drafts))
+            for row, request in enumerate(requests)
+        ]
+    )
+
+
+def draw_draft(probs_V: Tensor, request: SampleRequest, *, lane: int) -> int:
+    """A token to follow a request's text and drafts, from a law that need not be normalised. `lane`
+    tells apart the nodes of one depth of a tree."""
+    uniforms = RoundUniforms(request.state.request.seed, request.state.num_committed)
+    depth = 1 + len(request.drafts)
+    return draw(probs_V, uniforms(depth, purpose=Purpose.DRAFT, lane=lane))
+
+
+def target_token(logits_V: Tensor, request: SampleRequest) -> int:
+    """The target's token after all of a request's drafts, the same as `target_tokens` finds there."""
+    return int(_tokens(logits_V[None], [(request, len(request.drafts))]))
+
+
+def tree_probs(logits_PV: Tensor, state: SampleState, tree: DraftTree) -> Tensor:
+    """`target_probs` for the root and every node of a tree, [1 + nodes, V]."""
+    if not state.processes:
+        return distribution(logits_PV, state.request.params)
+    rows = []
+    for node in range(ROOT, tree.num_nodes):
+        request = SampleRequest(state=state, drafts=tree.tokens(node))
+        row_1V = logits_PV[1 + node : 2 + node]
+        rows.append(_distribution(row_1V, request, first=len(request.drafts)))
+    return torch.cat(rows)
 
 
 def target_probs(logits_PV: Tensor, request: SampleRequest) -> Tensor:
@@ -230,7 +262,8 @@ def _distribution(logits_PV: Tensor, request: SampleRequest, *, first: int) -> T
     return distribution(logits_PV, request.state.request.params)
 
 
-def _target_width(logits_RV: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
+def target_width(logits_RV: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
+    """A drafter's logits over the target's vocabulary: of what it does not know, -inf."""
     short = requests[0].state.vocab_size - logits_RV.shape[1]
     if short == 0:
         return logits_RV

@@ -35,7 +35,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from paceline.runtime.spec.ngram import NgramIndex
-from paceline.runtime.types import DrafterName, StageTimes
+from paceline.runtime.types import DrafterName, DraftShape, StageTimes
+
+TREE_ROWS = 128
+"""Most nodes of trees in a step. A pass costs a GPU what reading its weights costs up to about 150 to
+300 rows (decoding.md 10.2); beyond, a branch is paid for, and a chain's next token is worth more."""
 
 _LEVELS = 20
 """Steps between never and always accepted. Requests of one level are decided for together."""
@@ -71,9 +75,16 @@ class DraftState:
     """Tokens that the draft model would have to read first."""
     num_tokens: int = 0
     """The choice."""
+    tree: DraftShape | None = None
+    """How these branch: chosen as well."""
     drafter: DrafterName = "draft_model"
     model: Acceptance = field(default_factory=Acceptance)
     ngram: Acceptance = field(default_factory=Acceptance)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the choice adds to the target's pass, at most."""
+        return self.num_tokens if self.tree is None else self.tree.nodes
 
 
 class StepCost(NamedTuple):
@@ -126,14 +137,27 @@ def _draft_most(state: DraftState) -> None:
 
 
 class FixedDrafts:
-    """Always as many as may be; from the request's own tokens where they match, else by the
-    model."""
+    """Always as many as may be; from the request's own tokens where they match, else by the model.
+
+    The model's drafts are trees of one shape while all of these together have no more than
+    `TREE_ROWS` nodes, and chains when more requests run.
+    """
 
     reads_prompts = True
+
+    def __init__(self, tree: DraftShape | None = None) -> None:
+        self._tree = tree
 
     def choose(self, states: Sequence[DraftState], *, rows: int) -> None:  # noqa: ARG002
         for state in states:
             _draft_most(state)
+            state.tree = None
+        if self._tree is None:
+            return
+        modelled = [s for s in states if s.drafter == "draft_model" and s.num_tokens]
+        if len(modelled) * self._tree.nodes <= TREE_ROWS:
+            for state in modelled:
+                state.tree = self._tree
 
     def verified(self, state: DraftState, *, num_drafted: int, num_accepted: int) -> None:
         """Learns nothing."""

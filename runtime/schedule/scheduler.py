@@ -54,6 +54,7 @@ from paceline.runtime.schedule.request import GONE, RunningRequest, State
 from paceline.runtime.schedule.transfers import TransferBook, TransferEnd
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.types import (
+    DraftShape,
     EngineStatus,
     Event,
     FinishReason,
@@ -104,6 +105,8 @@ class Speculation:
     """Most drafts of a round."""
     method: Literal["draft_model", "ngram", "combined"] = "draft_model"
     adaptive: bool = False
+    tree: DraftShape | None = None
+    """How the model's drafts branch while few requests run, where that is fixed."""
     lookup_min: int = 2
     lookup_max: int = 4
 
@@ -119,8 +122,13 @@ class _Share:
     draft: DraftState | None = None
     read_draft: bool = False
     num_draft_tokens: int = 0
+    tree: DraftShape | None = None
     length: int = 0
     """Its committed tokens."""
+
+    @property
+    def num_draft_rows(self) -> int:
+        return self.num_draft_tokens if self.tree is None else self.tree.nodes
 
 
 class Scheduler:
@@ -148,8 +156,10 @@ class Scheduler:
             block_size=limits.block_size, sink_tokens=limits.sink_tokens, window=limits.window
         )
         self._drafts: DraftPolicy = FixedDrafts()
-        if speculation is not None and speculation.adaptive:
-            self._drafts = AdaptiveDrafts(most=speculation.num_tokens)
+        if speculation is not None:
+            self._drafts = FixedDrafts(speculation.tree)
+            if speculation.adaptive:
+                self._drafts = AdaptiveDrafts(most=speculation.num_tokens)
         self._requests: dict[str, RunningRequest] = {}
         self._running: list[RunningRequest] = []  # best key first
         self._waiting: list[tuple[tuple[float, int], RunningRequest]] = []
@@ -368,6 +378,12 @@ class Scheduler:
             num_drafts = _cut(drafting, for_drafts)
         return free_rows - num_drafts
 
+    def _may_branch(self, running: RunningRequest) -> bool:
+        """Whether its drafts may be a tree: not before its sinks are read, a slot of a tree not being
+        its position."""
+        keeps_all = running.policy.bounded_by_context
+        return keeps_all or len(running.token_ids) >= self.limits.sink_tokens
+
     def _within_reading(self, drafting: Sequence[DraftState]) -> int:
         """Put off drafts of the model for which it would have to read too much; those left.
 
@@ -377,10 +393,10 @@ class Scheduler:
         for draft in drafting:
             if draft.num_tokens and draft.drafter == "draft_model":
                 if num_read and num_read + draft.lag > self.limits.max_num_batched_tokens:
-                    draft.num_tokens = 0
+                    draft.num_tokens, draft.tree = 0, None
                     continue
                 num_read += draft.lag
-            num_drafts += draft.num_tokens
+            num_drafts += draft.num_rows
         return num_drafts
 
     def _serve_running(self, free_rows: int, *, now_s: float) -> int:
@@ -428,7 +444,7 @@ class Scheduler:
         for share in shares:
             draft = share.draft
             if draft is not None and draft.num_tokens:
-                share.num_draft_tokens = self._draft_blocks(share.running, draft.num_tokens)
+                self._draft_blocks(share, draft)
         return free_rows
 
     def _victim(self) -> RunningRequest | None:
@@ -468,16 +484,27 @@ class Scheduler:
             and (self._drafts.reads_prompts or draft.asked)
         )
 
-    def _draft_blocks(self, running: RunningRequest, num_tokens: int) -> int:
-        """Blocks for drafts, if nobody else may soon need them; how many drafts have room."""
-        held, length = len(running.blocks), len(running.token_ids)
-        needed = -(-(length + num_tokens) // self.limits.block_size) - held
+    def _draft_blocks(self, share: _Share, draft: DraftState) -> None:
+        """Blocks for drafts, if nobody else may soon need them: of a tree whole or, as a chain, of
+        as many drafts as have room."""
+        running, num_tokens = share.running, draft.num_tokens
+        if draft.tree is not None and self._may_branch(running):
+            if self._grow_if_spare(running, share.length + draft.tree.num_slots(num_tokens)):
+                share.num_draft_tokens, share.tree = num_tokens, draft.tree
+                return
+        if not self._grow_if_spare(running, share.length + num_tokens):
+            num_tokens = len(running.blocks) * self.limits.block_size - share.length
+        share.num_draft_tokens = num_tokens
+
+    def _grow_if_spare(self, running: RunningRequest, end: int) -> bool:
+        """Give it blocks for all tokens before `end`, if others are left enough; whether it has
+        them."""
+        needed = -(-end // self.limits.block_size) - len(running.blocks)
         if needed > 0:
-            if self._pool.num_free >= needed + len(self._running) - 1:
-                running.blocks += self._pool.allocate(needed)
-            else:
-                num_tokens = held * self.limits.block_size - length
-        return num_tokens
+            if self._pool.num_free < needed + len(self._running) - 1:
+                return False
+            running.blocks += self._pool.allocate(needed)
+        return True
 
     def _admit(self, free_rows: int, *, now_s: float) -> None:
         """Let waiting requests run while there are rows, seats and blocks."""
@@ -688,6 +715,7 @@ class Scheduler:
                 request_id=running.request.request_id,
                 num_tokens=share.num_tokens,
                 num_draft_tokens=num_drafts,
+                tree=share.tree,
                 drafter=drafter,
                 read_draft=share.read_draft,
                 new_blocks=new_blocks,
@@ -698,6 +726,7 @@ class Scheduler:
             request_id=running.request.request_id,
             num_tokens=share.num_tokens,
             num_draft_tokens=num_drafts,
+            tree=share.tree,
             drafter=drafter,
             read_draft=share.read_draft,
             new_blocks=tuple(blocks),
@@ -815,6 +844,7 @@ class Scheduler:
         if not self._shares:
             return
         lengths = tuple([s.num_draft_tokens for s in self._shares if s.num_draft_tokens])
+        draft_rows = sum([share.num_draft_rows for share in self._shares])
         seconds = now_s - self._planned_s
         self._totals["steps"] += 1
         self._steps.append(
@@ -834,15 +864,15 @@ class Scheduler:
             if num_drafts and share.draft is not None and share.draft.drafter == "draft_model":
                 first_rows += share.draft.lag
                 num_passes = max(num_passes, num_drafts)
-                later_rows += num_drafts - 1
+                later_rows += share.num_draft_rows - 1
             elif share.read_draft:
                 first_rows += share.num_tokens
         self._drafts.observe(
             StepCost(
                 seconds,
                 result.times,
-                rows=sum([share.num_tokens for share in self._shares]) + sum(lengths),
-                draft_rows=sum(lengths),
+                rows=sum([share.num_tokens for share in self._shares]) + draft_rows,
+                draft_rows=draft_rows,
                 num_accepted=sum([each.num_accepted for each in result.results]) if lengths else 0,
                 first_rows=first_rows,
                 num_passes=num_passes,
@@ -1054,6 +1084,9 @@ def make_scheduler(config: EngineConfig, *, max_model_len: int, num_blocks: int)
         num_tokens=spec.num_speculative_tokens,
         method=spec.method,
         adaptive=spec.draft_length == "adaptive",
+        tree=None
+        if spec.tree == "chain"
+        else DraftShape(kind=spec.tree, width=spec.tree_width, nodes=spec.tree_nodes),
         lookup_min=spec.prompt_lookup_min,
         lookup_max=spec.prompt_lookup_max,
     )
@@ -1073,7 +1106,10 @@ def _terminal(
 
 
 def _cut(drafting: Sequence[DraftState], num_rows: int) -> int:
-    """Shorten the longest drafts until all fit into so many rows; the rows they take."""
+    """Make trees chains, and shorten the longest, until all fit into so many rows; the rows they
+    take."""
+    for draft in drafting:
+        draft.tree = None
     longest = max(draft.num_tokens for draft in drafting)
     while sum([min(draft.num_tokens, longest) for draft in drafting]) > num_rows:
         longest -= 1

@@ -4,7 +4,8 @@
     then          one grouped pass per depth, of the requests that still want tokens                -> draft 2 .. n
 
 The last draft is never fed back: its row would be the next round's to write anyway. If one request's
-first pass must be exact, all are: being exact costs little, a second pass much.
+first pass must be exact, all are: being exact costs little, a second pass much. Where a draft is to
+branch, tree_drafting.py takes over after the first pass.
 
 Letters: T rows, B requests, E width, V vocabulary entries here.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from paceline.parallel.mesh import Axis
 from paceline.parallel.tensor import best, gather_vocabulary
 from paceline.runtime.clock import StageClock
+from paceline.runtime.kv.compact import KeptPath
 from paceline.runtime.models.model import Model
 from paceline.runtime.sampling.batch import (
     SampleRequest,
@@ -29,6 +31,7 @@ from paceline.runtime.sampling.batch import (
 from paceline.runtime.sequence import Sequence
 from paceline.runtime.spec.drafter import Ask, Draft, Reading
 from paceline.runtime.spec.layer_parallel import LayerParallel
+from paceline.runtime.spec.tree_drafting import TreeDrafting
 from paceline.runtime.types import StageTimes
 
 SHORT_ROWS = 32
@@ -64,6 +67,7 @@ class DraftModel:
         self._axis = axis
         self._max_rows = max_rows
         self._rejection = rejection
+        self._trees = TreeDrafting(model, layer_parallel, axis=axis, rejection=rejection)
 
     def describe(self) -> str:
         return f"{self.model.describe()}, {len(self.model.decoder.groups)} passes for " + (
@@ -72,6 +76,8 @@ class DraftModel:
 
     def propose(self, asks: Many[Ask], readings: Many[Reading]) -> tuple[list[Draft], StageTimes]:
         clock = StageClock(self.model.device)
+        if any(ask.tree is not None for ask in asks):
+            return self._propose_trees(asks, readings, clock)
         # longest first, so that those still drafting are always the first ones
         order = sorted(range(len(asks)), key=lambda i: -asks[i].num_tokens)
         sorted_asks = [asks[i] for i in order]
@@ -85,14 +91,37 @@ class DraftModel:
             drafting.drop_those_below(depth)
             self._choose(self._grouped_pass(drafting, depth=depth), drafting)
         drafts = drafting.finish()
-        rest_ms = clock.lap()
+        times = self._times(exact, first_ms=first_ms, rest_ms=clock.lap())
+        by_ask = dict(zip(order, drafts, strict=True))
+        return [by_ask[i] for i in range(len(asks))], times
+
+    def _propose_trees(
+        self, asks: Many[Ask], readings: Many[Reading], clock: StageClock
+    ) -> tuple[list[Draft], StageTimes]:
+        """The same where some drafts branch; what was drafted rank 0 alone knows."""
+        h_BE, exact = self._first_pass(list(asks), readings)
+        assert h_BE is not None, "expected a row for every ask"
+        first_ms = clock.lap()
+        drafts = self._trees.propose(asks, h_BE)
+        return drafts, self._times(exact, first_ms=first_ms, rest_ms=clock.lap())
+
+    def _times(self, exact: bool, *, first_ms: float, rest_ms: float) -> StageTimes:
         calibrated = exact and self._layer_parallel.any_group
-        times = StageTimes(
+        return StageTimes(
             calibrate_ms=first_ms if calibrated else 0.0,
             draft_ms=rest_ms if calibrated else first_ms + rest_ms,
         )
-        by_ask = dict(zip(order, drafts, strict=True))
-        return [by_ask[i] for i in range(len(asks))], times
+
+    def keep(self, kept: Many[tuple[Sequence, Draft, Many[int]]]) -> None:
+        """Of the trees that were verified, keep the KV of these nodes: those of the accepted path.
+        Called before the round's tokens are committed, and before `verified`."""
+        paths = []
+        for sequence, draft, path in kept:
+            read = [row for row in (draft.rows[node] for node in path) if row >= 0]
+            start = len(sequence.token_ids)
+            paths.append(KeptPath(table=sequence.table, tree_start=start, rows=read))
+            sequence.draft_rows.passed(end=start + len(read), exact=False)
+        self.model.keep(paths)
 
     def verified(self, sequence: Sequence, *, num_drafted: int, num_accepted: int) -> None:
         sequence.draft_rows.verified(

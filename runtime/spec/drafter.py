@@ -10,7 +10,8 @@ from typing import Protocol
 from torch import Tensor
 
 from paceline.runtime.sequence import Sequence
-from paceline.runtime.types import StageTimes
+from paceline.runtime.spec.tree import DraftTree
+from paceline.runtime.types import DraftShape, ScheduledRequest, StageTimes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,8 @@ class Ask:
 
     sequence: Sequence
     num_tokens: int
+    tree: DraftShape | None = None
+    """How they may branch, `num_tokens` deep; a drafter that does not branch drafts a chain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +35,41 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A chain of proposed tokens, maybe none."""
+    """Proposed tokens, maybe none: a chain or a tree."""
 
     token_ids: tuple[int, ...] = ()
-    """The same on every rank of the target axis."""
+    """The same on every rank of the target axis; of a tree by node."""
+    tree: DraftTree | None = None
+    """None for a chain."""
+    rows: tuple[int, ...] = ()
+    """Of a tree, by node: the place of its KV among the slots after the committed tokens' in the
+    drafter's cache; -1 for a node that the drafter has not read."""
     probs_PV: Tensor | None = None
-    """Row i is the distribution the i-th token was drawn from, where that matters to verification
-    (`rejection`); on rank 0 only."""
+    """Row i is the distribution that the i-th token of a chain, or the children of node i - 1 of a
+    tree, were drawn from, where that matters to verification (`rejection`); on rank 0 only."""
+
+
+def draft_words(draft: Draft) -> tuple[int, ...]:
+    """A draft as numbers, to be told to other ranks; without its distributions."""
+    if draft.tree is None:
+        return draft.token_ids
+    return (*draft.token_ids, *draft.tree.parents, *draft.rows)
+
+
+def most_words(scheduled: ScheduledRequest) -> int:
+    """How many numbers the draft that a plan asks for can have, at most."""
+    tree = scheduled.tree
+    return scheduled.num_draft_tokens if tree is None else 3 * tree.nodes
+
+
+def read_words(words: Many[int], *, branches: bool, probs_PV: Tensor | None) -> Draft:
+    """The draft that `draft_words` told of; whether it branches, the plan knows."""
+    if not branches:
+        return Draft(token_ids=tuple(words), probs_PV=probs_PV)
+    count = len(words) // 3
+    token_ids, parents, rows = (tuple(words[i * count : (i + 1) * count]) for i in range(3))
+    tree = DraftTree(token_ids, parents)
+    return Draft(token_ids=token_ids, tree=tree, rows=rows, probs_PV=probs_PV)
 
 
 class Drafter(Protocol):
@@ -51,5 +82,5 @@ class Drafter(Protocol):
         """A draft per ask, in order, and where the time went (without `verify_ms`)."""
 
     def verified(self, sequence: Sequence, *, num_drafted: int, num_accepted: int) -> None:
-        """The target kept the first `num_accepted` of the tokens drafted for a request. Called
-        before the round's tokens are committed."""
+        """The target kept the first `num_accepted` of the tokens drafted for a request, of a tree so
+        many levels of `num_drafted`. Called before the round's tokens are committed."""

@@ -93,3 +93,21 @@ class DraftTree:
             nodes.append(node)
             node = self.parents[node]
         return tuple(reversed(nodes))
+
+    def tokens(self, node: int) -> tuple[int, ...]:
+        """The tokens down to a node, its own the last."""
+        return tuple(self.token_ids[each] for each in self.path(node))
+
+    def walk(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """The nodes that these tokens lead down to from the root, as far as there are such."""
+        nodes: list[int] = []
+        node = ROOT
+        for token_id in token_ids:
+            for child in self.children(node):
+                if self.token_ids[child] == token_id:
+                    node = child
+                    nodes.append(child)
+                    break
+            else:
+                break
+        return tuple(nodes)

@@ -81,6 +81,10 @@ class Verdict:
     def num_accepted(self) -> int:
         return len(self.path)
 
+    def emitted(self, tree: DraftTree) -> tuple[int, ...]:
+        """The round's tokens."""
+        return (*(tree.token_ids[node] for node in self.path), self.token_id)
+
 
 def verify_greedy(tree: DraftTree, best_token_ids: Sequence[int]) -> Verdict:
     """Accept drafts that are the target's best token. `best_token_ids`: 1 + n of them, by row.
@@ -90,7 +94,7 @@ def verify_greedy(tree: DraftTree, best_token_ids: Sequence[int]) -> Verdict:
     assert len(best_token_ids) == 1 + tree.num_nodes, (
         f"one best token per row, expected {1 + tree.num_nodes}, found {len(best_token_ids)}"
     )
-    return _follow(tree, lambda node, _depth: best_token_ids[1 + node])
+    return verify_chosen(tree, lambda node, _depth: best_token_ids[1 + node])
 
 
 def accepted_of_chain(draft_token_ids: Sequence[int], own_token_ids: Sequence[int]) -> int:
@@ -118,13 +122,14 @@ def verify_point_mass(
     assert probs.shape[0] == 1 + tree.num_nodes, (
         f"one distribution per row, expected {1 + tree.num_nodes}, found {probs.shape[0]}"
     )
-    return _follow(
+    return verify_chosen(
         tree, lambda node, depth: draw(probs[1 + node], uniforms(depth, purpose=Purpose.TOKEN))
     )
 
 
-def _follow(tree: DraftTree, next_token_id: Callable[[int, int], int]) -> Verdict:
-    """Walk down while the target's token, by node and by its own depth, is drafted below it."""
+def verify_chosen(tree: DraftTree, next_token_id: Callable[[int, int], int]) -> Verdict:
+    """Go down as long as the target's token is drafted. `next_token_id` is that token by the node it
+    follows and by its own depth; it is asked along the path alone."""
     path: list[int] = []
     node = ROOT
     while True:

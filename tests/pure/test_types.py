@@ -91,6 +91,7 @@ def test_the_list_of_wire_types_is_whole() -> None:
         "KvFetch",
         "Request",
         "Handover",
+        "DraftShape",
         "ScheduledRequest",
         "StepPlan",
         "StageTimes",
