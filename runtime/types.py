@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 """Raised by one whenever a type below changes its meaning; both ends of a channel compare it."""
 
 
@@ -275,6 +275,11 @@ class StageTimes(WireType, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
+Span = tuple[float, float]
+"""When something began and ended: milliseconds of the monotonic clock, which all processes of a host
+share."""
+
+
 class RequestResult(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """What a step did for one request. `token_ids` is empty while its tokens are still being
     read."""
@@ -300,6 +305,9 @@ class StepResult(WireType, frozen=True, kw_only=True, omit_defaults=True):
     step: int
     results: tuple[RequestResult, ...] = ()
     times: StageTimes = StageTimes()
+    draft_span: Span | None = None
+    """When rank 0 drafted, what it waited for other ranks included; None where nothing was done."""
+    verify_span: Span | None = None
     num_rows: int = 0
     """Rows of the target's pass."""
     error: str | None = None
@@ -438,12 +446,16 @@ class StepStats(WireType, frozen=True, kw_only=True):
     """One step, for histograms."""
 
     seconds: float
-    """From its plan to its result."""
+    """From its plan to its result; where that was made while another step ran, from the other's
+    result."""
     times: StageTimes
     num_requests: int
     num_rows: int
     draft_lengths: tuple[int, ...] = ()
     """Drafts chosen for each request that drafted."""
+    draft_span: Span | None = None
+    """When rank 0 drafted, and when it verified: the time line of the stages."""
+    verify_span: Span | None = None
 
 
 class KvLinks(WireType, frozen=True, kw_only=True):
