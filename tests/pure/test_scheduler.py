@@ -1149,6 +1149,7 @@ class AnyHistory(RuleBasedStateMachine):
         num_blocks=st.integers(8, 40),
         rows=st.integers(1, 24),
         seats=st.integers(1, 6),
+        flights=st.sampled_from([1, 2, 2, 3]),
         drafts=st.integers(0, 4),
         method=st.sampled_from(["draft_model", "ngram", "combined"]),
         adaptive=st.booleans(),
@@ -1160,6 +1161,7 @@ class AnyHistory(RuleBasedStateMachine):
         num_blocks: int,
         rows: int,
         seats: int,
+        flights: int,
         drafts: int,
         method: str,
         adaptive: bool,
@@ -1171,6 +1173,7 @@ class AnyHistory(RuleBasedStateMachine):
                 num_blocks=num_blocks,
                 rows=rows,
                 seats=seats,
+                flights=flights,
                 drafts=drafts,
                 method=method,
                 adaptive=adaptive,
@@ -1209,6 +1212,20 @@ class AnyHistory(RuleBasedStateMachine):
     def abort_while_a_step_runs(self, data: st.DataObject) -> None:
         self.run_.step(abort=data.draw(st.sampled_from(sorted(self.run_.heard))))
 
+    @precondition(lambda self: self.run_.scheduler.may_plan)
+    @rule()
+    def send(self) -> None:
+        self.run_.send()
+
+    @rule()
+    def draft(self) -> None:
+        self.run_.draft()
+
+    @precondition(lambda self: self.run_.in_flight)
+    @rule()
+    def receive(self) -> None:
+        self.run_.receive()
+
     @rule(out_of_memory=st.booleans())
     def crash(self, out_of_memory: bool) -> None:
         self.run_.crash(out_of_memory=out_of_memory)
@@ -1232,13 +1249,14 @@ TestAnyHistory.settings = settings(max_examples=150, stateful_step_count=25, dea
     data=st.data(),
     num_blocks=st.integers(8, 14),
     rows=st.integers(1, 12),
+    flights=st.integers(1, 2),
     drafts=st.integers(0, 4),
     count=st.integers(2, 6),
 )
 def test_requests_that_fight_for_blocks_all_finish(
-    data: st.DataObject, num_blocks: int, rows: int, drafts: int, count: int
+    data: st.DataObject, num_blocks: int, rows: int, flights: int, drafts: int, count: int
 ) -> None:
-    run = Run(make(num_blocks=num_blocks, rows=rows, drafts=drafts))
+    run = Run(make(num_blocks=num_blocks, rows=rows, flights=flights, drafts=drafts))
     for index in range(count):
         run.add(data.draw(requests(f"r{index}", most_tokens=min(48, num_blocks * BLOCK))))
     run.finish()
