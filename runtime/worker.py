@@ -161,6 +161,8 @@ class Worker:
             str(self.mesh.device),
             f"all-reduce {self.mesh.world.collectives.name}",
         ]
+        if self.mesh.drafting is not self.mesh.world:
+            parts[-1] += f", {self.mesh.drafting.collectives.name} while drafting"
         if self.target is not None:
             parts.append(f"target {self.target.describe()}")
         parts += [f"drafter {drafter.describe()}" for drafter in self._drafters.values()]
