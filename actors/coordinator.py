@@ -186,6 +186,7 @@ class ShardGroup:
                 device="cuda"
                 if self._gpu
                 else "cpu",  # Ray shows each actor its own GPU only, as number 0
+                interleaved=config.interleaved,
                 shared_memory=not config.disable_custom_all_reduce,
                 num_threads=config.cpu_threads,
                 timeout_s=config.load_timeout_s,

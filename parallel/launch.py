@@ -26,7 +26,9 @@ _ANY_PORT = 9
 def solo_mesh(device: torch.device | str = "cpu") -> Mesh:
     """A mesh of one rank, which needs no process group."""
     axis = Axis(size=1, index=0, collectives=Alone())
-    return Mesh(rank=0, world=axis, target=axis, draft=axis, device=torch.device(device))
+    return Mesh(
+        rank=0, world=axis, drafting=axis, target=axis, draft=axis, device=torch.device(device)
+    )
 
 
 def join(spec: RankSpec) -> Mesh:
@@ -66,7 +68,11 @@ def join(spec: RankSpec) -> Mesh:
     whole = Axis(
         size=spec.world_size, index=spec.rank, collectives=_world_collectives(spec, device)
     )
-    mesh = replace(alone, rank=spec.rank, world=whole)
+    drafting = whole
+    if spec.interleaved:  # collectives of one group must come in one order on all ranks
+        group = dist.new_group(list(range(spec.world_size)))
+        drafting = replace(whole, collectives=ProcessGroup(group, size=spec.world_size))
+    mesh = replace(alone, rank=spec.rank, world=whole, drafting=drafting)
     return reshape(mesh, target_size=spec.target_size, draft_size=spec.draft_size)
 
 
@@ -75,7 +81,11 @@ def reshape(mesh: Mesh, *, target_size: int, draft_size: int) -> Mesh:
     assert max(target_size, draft_size) == mesh.world.size, (
         "expected the wider axis to be the world"
     )
-    return replace(mesh, target=_axis(mesh, target_size), draft=_axis(mesh, max(1, draft_size)))
+    return replace(
+        mesh,
+        target=_axis(mesh.world, mesh.rank, target_size),
+        draft=_axis(mesh.drafting, mesh.rank, max(1, draft_size)),
+    )
 
 
 def leave() -> None:
@@ -141,11 +151,11 @@ def _world_collectives(spec: RankSpec, device: torch.device) -> Collectives:
     return ProcessGroup(group, size=spec.world_size)
 
 
-def _axis(mesh: Mesh, size: int) -> Axis:
+def _axis(world: Axis, rank: int, size: int) -> Axis:
     """The first `size` ranks. Every rank must call this, in the same order: making a group is collective."""
-    index = mesh.rank if mesh.rank < size else None
-    if size == mesh.world.size:
-        return mesh.world
+    index = rank if rank < size else None
+    if size == world.size:
+        return world
     if size == 1:
         return Axis(size=1, index=index, collectives=Alone())
     # DeepSpeed's shared memory knows only the whole world, so a narrower axis talks through a group of its own.

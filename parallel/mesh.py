@@ -37,6 +37,9 @@ class Mesh:
 
     rank: int
     world: Axis
+    drafting: Axis
+    """All ranks too, for what they say while they draft: `world` again, or with collectives of its own
+    where that may be while they verify something else."""
     target: Axis
     draft: Axis
     device: torch.device

@@ -26,6 +26,8 @@ class RankSpec:
     """Which of the GPUs that this process can see."""
     shared_memory: bool = True
     """Whether ranks of one CPU host may sum through DeepSpeed's shared memory."""
+    interleaved: bool = False
+    """Whether ranks draft while they verify: the two then need collectives of their own."""
     num_threads: int | None = None
     """Of each rank on a CPU; its share of the host's cores among those of this engine if not given."""
     timeout_s: float = 120.0

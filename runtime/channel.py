@@ -1,4 +1,4 @@
-"""One plan out to every rank, one result back: MessagePack over ZMQ, without Ray.
+"""Plans out to every rank, one result back for each, in order: MessagePack over ZMQ, without Ray.
 
     coordinator   ROUTER  ── plan ──>  DEALER   rank 0
                           ── plan ──>  DEALER   rank 1
@@ -12,6 +12,7 @@ types and their version on arrival, and nothing is unpickled.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -85,6 +86,8 @@ class PlanSender:
         self.address = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
         self._identities = [_identity(rank) for rank in range(num_ranks)]
         self._watch = watch
+        self._sent: deque[int] = deque()
+        """Steps without a result."""
 
     def wait_for_ranks(self, *, timeout_s: float) -> Ready:
         """What every rank said, once all are ready.
@@ -108,8 +111,8 @@ class PlanSender:
         ranks = tuple(facts[rank] for rank in range(len(self._identities)))
         return Ready(ranks=ranks, num_blocks=num_blocks)
 
-    def step(self, plan: StepPlan, *, timeout_s: float) -> StepResult:
-        """Send a plan to every rank and wait for rank 0's result, or any rank's failure."""
+    def send(self, plan: StepPlan) -> None:
+        """Send a plan to every rank, which may still be at work on earlier ones. Raises ShardError."""
         body = _out.encode(plan)
         for rank, identity in enumerate(self._identities):
             try:
@@ -117,9 +120,15 @@ class PlanSender:
             except zmq.ZMQError:  # no such peer any more
                 gone = self._watch() or f"rank {rank} is gone"
                 raise ShardError(f"{gone}, found when sending step {plan.step}") from None
+        self._sent.append(plan.step)
+
+    def receive(self, *, timeout_s: float) -> StepResult:
+        """Rank 0's result of the earliest plan that has none yet. Raises ShardError with any rank's
+        failure, DeadlineError."""
+        step = self._sent.popleft()
         deadline = time.monotonic() + timeout_s
         while True:
-            answer = self._receive(deadline, waiting_for=f"step {plan.step}")
+            answer = self._receive(deadline, waiting_for=f"step {step}")
             if isinstance(answer, Hello):
                 raise ShardError(f"rank {answer.rank} started again in the middle of a step")
             if answer.result.error is not None:
@@ -127,7 +136,7 @@ class PlanSender:
                     f"rank {answer.rank}: {answer.result.error}",
                     out_of_memory=answer.result.out_of_memory,
                 )
-            if answer.rank == 0 and answer.result.step == plan.step:
+            if answer.rank == 0 and answer.result.step == step:
                 return answer.result
 
     def check(self) -> None:
@@ -172,16 +181,18 @@ class PlanSender:
 
 
 class PlanReceiver:
-    """A rank's end."""
+    """A rank's end. `answer` may be called from another thread than the rest: it has a socket of its
+    own."""
 
     def __init__(self, address: str, *, rank: int) -> None:
         self._rank = rank
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        self._socket, self._answers = (self._context.socket(zmq.DEALER) for _ in range(2))
         self._socket.setsockopt(zmq.IDENTITY, _identity(rank))
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, 1 << 26)
-        self._socket.connect(address)
+        for socket in (self._socket, self._answers):
+            socket.setsockopt(zmq.LINGER, 1000)
+            socket.setsockopt(zmq.MAXMSGSIZE, 1 << 26)
+            socket.connect(address)
 
     def ready(self, facts: str, *, num_blocks: int) -> None:
         hello = Hello(rank=self._rank, facts=facts, num_blocks=num_blocks)
@@ -206,10 +217,11 @@ class PlanReceiver:
         return None if plan.shutdown else plan
 
     def answer(self, result: StepResult) -> None:
-        self._socket.send(_out.encode(Answer(rank=self._rank, result=result)))
+        self._answers.send(_out.encode(Answer(rank=self._rank, result=result)))
 
     def close(self) -> None:
         self._socket.close()
+        self._answers.close()
         self._context.term()
 
 

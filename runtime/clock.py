@@ -7,9 +7,14 @@ import time
 import torch
 
 
+def now_ms() -> float:
+    """Milliseconds of the monotonic clock, which all processes of a host share."""
+    return time.monotonic() * 1e3
+
+
 class StageClock:
-    """Milliseconds between laps. On a GPU a lap waits for the work queued so far, so that it is
-    counted."""
+    """Milliseconds between laps. On a GPU a lap waits for the work queued so far on this thread's
+    stream, so that it is counted."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -17,7 +22,7 @@ class StageClock:
 
     def lap(self) -> float:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         now = time.perf_counter()
         elapsed_ms = (now - self._last) * 1e3
         self._last = now

@@ -69,6 +69,13 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         int,
         Meta(ge=1, le=64, description="Most nodes of a tree: draft tokens verified in one pass."),
     ] = 32
+    schedule: Annotated[
+        Literal["lockstep", "interleaved"],
+        Meta(
+            description="lockstep: a step drafts, then verifies. interleaved: half of the requests draft while "
+            "the other half is verified, on the same ranks."
+        ),
+    ] = "lockstep"
     verification: Annotated[
         Literal["coupled", "rejection"],
         Meta(
@@ -237,6 +244,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         float,
         Meta(gt=0, description="Waiting so many seconds makes up for one level of priority."),
     ] = 30.0
+    async_scheduling: Annotated[
+        bool,
+        Meta(
+            description="Plan and send the next step while one runs, each for half of the requests; always so "
+            "with the schedule interleaved."
+        ),
+    ] = False
     seed: Annotated[int, Meta(description="Seeds requests that bring no seed of their own.")] = 0
     speculative_config: Annotated[
         SpeculativeConfig | None,
@@ -326,6 +340,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.speculative_config is None or self.speculative_config.method == "ngram":
             return 0
         return self.speculative_config.draft_tensor_parallel_size or self.tensor_parallel_size
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether ranks draft for one plan while they verify another."""
+        spec = self.speculative_config
+        return spec is not None and spec.schedule == "interleaved"
+
+    @property
+    def plans_in_flight(self) -> int:
+        """Plans that ranks may have at once."""
+        return 2 if self.interleaved or self.async_scheduling else 1
 
     @property
     def world_size(self) -> int:

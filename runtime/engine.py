@@ -4,6 +4,9 @@
                            ^  ^                                 │
     list[TokenDelta] <─────┘  └──────────StepResult─────────────┘
 
+Where two plans may be in flight, the next one is made and sent before the result of the last is waited
+for, so that ranks always have one.
+
 and, where prompts are read on one engine for another:
 
     scheduler ──Offer, Fetch──> links of all ranks ──TransferEnd──> scheduler
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -83,6 +87,8 @@ class Engine:
         """Why the ranks are to be started anew, by the next `poll`."""
         self._ended: list[TokenDelta] = []
         """Terminal deltas of requests that no step ended."""
+        self._in_flight: deque[StepPlan] = deque()
+        """Plans whose results are to come."""
         self._clock = clock
         self._stepped_s = clock()
         self._num_restarts = 0
@@ -125,13 +131,17 @@ class Engine:
             return ended
 
     def step(self) -> list[TokenDelta]:
-        """One step for whatever is scheduled. Raises ShardError."""
-        plan = self.scheduler.schedule()
-        self._order()  # before the step: links follow it layer by layer
-        self.stalled = not (plan.scheduled or plan.finished)
+        """Plan as many steps as may be in flight, and end the earliest. Raises ShardError."""
+        while self.scheduler.may_plan:
+            plan = self.scheduler.schedule()
+            self._order()  # before the step: links follow it layer by layer
+            if not (plan.scheduled or plan.finished):
+                break
+            self._send(plan)
+        self.stalled = not self._in_flight
         if self.stalled:
             return []
-        deltas = self._carry_out(plan)
+        deltas = self._receive()
         self._order()
         if deltas:
             self._in_vain = 0
@@ -144,13 +154,19 @@ class Engine:
             self.executor.check()
             if not self.scheduler.has_work and self._clock() - self._stepped_s >= IDLE_STEP_S:
                 # of nobody: a rank that hangs is found before somebody waits for it
-                self._carry_out(self.scheduler.schedule())
+                self._send(self.scheduler.schedule())
+                self._receive()
         except ShardError as error:
             self._fail(error)
 
-    def _carry_out(self, plan: StepPlan) -> list[TokenDelta]:
+    def _send(self, plan: StepPlan) -> None:
         self._stepped_s = self._clock()
-        result = self.executor.step(plan)
+        self.executor.send(plan)
+        self._in_flight.append(plan)
+
+    def _receive(self) -> list[TokenDelta]:
+        plan = self._in_flight.popleft()
+        result = self.executor.receive()
         if result.error is not None:
             raise ShardError(result.error, out_of_memory=result.out_of_memory)
         return self.scheduler.update(plan, result)
@@ -167,6 +183,7 @@ class Engine:
                 f"ranks ended {self._in_vain} times in a row without a token: {failure}"
             )
         self.executor.end_ranks()
+        self._in_flight.clear()
         if self.links is not None:
             self.links.lose_all()
         self.executor.start_ranks()

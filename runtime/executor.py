@@ -1,4 +1,4 @@
-"""How an engine reaches its workers: one plan in, one result out; and workers anew where some ended."""
+"""How an engine reaches its workers: plans in, results out; and workers anew where some ended."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ logger = logging.getLogger(__name__)
 
 
 class Executor(Protocol):
-    """`step` blocks until every rank has carried the plan out, and raises ShardError if one
-    cannot."""
+    """Plans are carried out in the order in which they were sent. Several may be under way at once, if
+    no two of them have a request in common."""
 
     num_blocks: int
     """KV blocks of each pool."""
     ranks: tuple[str, ...]
     """What each rank said of itself."""
 
-    def step(self, plan: StepPlan) -> StepResult: ...
+    def send(self, plan: StepPlan) -> None:
+        """Have a plan carried out. Raises ShardError if a rank cannot be reached."""
+
+    def receive(self) -> StepResult:
+        """The result of the earliest plan that has none yet. Blocks until rank 0 is done with it, and
+        raises ShardError if a rank cannot be."""
 
     def check(self) -> None:
         """Raise ShardError if a rank is gone; asked while there is nothing to do."""
@@ -68,9 +73,12 @@ class ChannelExecutor:
         self._running: Ranks
         self.start_ranks()
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def send(self, plan: StepPlan) -> None:
+        self._running.channel.send(plan)
+
+    def receive(self) -> StepResult:
         try:
-            return self._running.channel.step(plan, timeout_s=self._step_timeout_s)
+            return self._running.channel.receive(timeout_s=self._step_timeout_s)
         except DeadlineError as error:
             self._log_stacks()
             raise ShardError(f"{error}: the stacks of all ranks are in the log") from None

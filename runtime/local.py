@@ -16,7 +16,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -38,6 +40,7 @@ from paceline.runtime.errors import (
 from paceline.runtime.executor import ChannelExecutor
 from paceline.runtime.link import LinkAddress, LinkClient, LinkServer, Patience
 from paceline.runtime.orphans import end_with_parent
+from paceline.runtime.pipeline import Pipeline
 from paceline.runtime.preflight import Facts
 from paceline.runtime.rank import ORPHAN_S, failed_step, local_rank, ran_out_of_memory
 from paceline.runtime.transfer.control import KvControl
@@ -202,15 +205,24 @@ class InProcess:
         engine loop, if it shall have one."""
         self._make, self._links = make, links
         self._worker: Worker | None = None
+        self._pipeline: Pipeline | None = None
+        """Where plans are interleaved; else each is carried out when its result is wanted."""
+        self._sent: deque[tuple[StepPlan, Future[StepResult] | None]] = deque()
         self.num_blocks = 0
         self.ranks: tuple[str, ...] = ()
         self.start_ranks()
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def send(self, plan: StepPlan) -> None:
+        self._sent.append((plan, None if self._pipeline is None else self._pipeline.send(plan)))
+
+    def receive(self) -> StepResult:
         worker = self._worker
         assert worker is not None, "expected start_ranks() first"
+        plan, result = self._sent.popleft()
         try:
-            return worker.step(plan)
+            if result is None:
+                return worker.step(plan)
+            return result.result(worker.config.step_timeout_s)
         except Exception as error:
             if worker.mesh.world.size > 1 or not ran_out_of_memory(error):
                 raise
@@ -220,13 +232,18 @@ class InProcess:
         pass
 
     def end_ranks(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.close()
         if self._worker is not None:
             self._worker.close()
-        self._worker = None
+        self._worker = self._pipeline = None
+        self._sent.clear()
 
     def start_ranks(self) -> None:
         worker = self._worker = self._make()
         self.num_blocks, self.ranks = worker.num_blocks, (worker.facts(),)
+        if worker.config.interleaved:
+            self._pipeline = Pipeline(worker)
         if self._links is not None:
             worker.connect(control=self._links, host=LOCALHOST)
 
@@ -254,6 +271,7 @@ class LocalRanks:
                 master_port=port,
                 device=device,
                 device_index=rank,
+                interleaved=config.interleaved,
                 shared_memory=not config.disable_custom_all_reduce,
                 num_threads=config.cpu_threads,
                 timeout_s=config.load_timeout_s,

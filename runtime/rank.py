@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 
 import torch
 
@@ -15,6 +18,7 @@ from paceline.runtime import logs, stacks
 from paceline.runtime.channel import PlanReceiver, RankAddresses
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.orphans import end_with_parent
+from paceline.runtime.pipeline import Pipeline
 from paceline.runtime.types import StepPlan, StepResult
 from paceline.runtime.worker import Worker
 
@@ -37,7 +41,7 @@ def run_rank(
     stacks.allow()
     sweep()
     channel = PlanReceiver(addresses.plans, rank=spec.rank)
-    worker = None
+    worker = pipeline = None
     try:
         try:
             worker = Worker(config, join(spec))
@@ -49,24 +53,53 @@ def run_rank(
             logger.debug("rank %d cannot load", spec.rank, exc_info=True)
             channel.failed(error)
             return
+        pipeline = Pipeline(worker) if config.interleaved else None
+        failed = threading.Event()
         channel.ready(worker.facts(), num_blocks=worker.num_blocks)
-        while (plan := channel.receive(alive=alive)) is not None:
-            try:
-                result = worker.step(plan)
-            except Exception as error:
-                logger.exception("rank %d failed in step %d", spec.rank, plan.step)
-                channel.answer(failed_step(plan, error))
+        while (plan := channel.receive(alive=lambda: alive() and not failed.is_set())) is not None:
+            carried_out = _at_once(worker, plan) if pipeline is None else pipeline.send(plan)
+            carried_out.add_done_callback(partial(_answer, channel, spec.rank, plan, failed))
+            if failed.is_set():
                 return
-            if spec.rank == 0:
-                channel.answer(result)
     finally:
+        if pipeline is not None:
+            pipeline.close()
         if worker is not None:
             worker.close()
         channel.close()
         leave()
 
 
-def failed_step(plan: StepPlan, error: Exception) -> StepResult:
+def _at_once(worker: Worker, plan: StepPlan) -> Future[StepResult]:
+    """The result of a plan, once it is carried out."""
+    done: Future[StepResult] = Future()
+    try:
+        done.set_result(worker.step(plan))
+    except Exception as error:
+        done.set_exception(error)
+    return done
+
+
+def _answer(
+    channel: PlanReceiver,
+    rank: int,
+    plan: StepPlan,
+    failed: threading.Event,
+    done: Future[StepResult],
+) -> None:
+    """Say what became of a plan. Of those after one that failed nobody wants to know."""
+    if failed.is_set() or done.cancelled():
+        return
+    error = done.exception()
+    if error is not None:
+        logger.error("rank %d failed in step %d", rank, plan.step, exc_info=error)
+        failed.set()
+        channel.answer(failed_step(plan, error))
+    elif rank == 0:
+        channel.answer(done.result())
+
+
+def failed_step(plan: StepPlan, error: BaseException) -> StepResult:
     """What a rank says of a step it could not do."""
     return StepResult(
         step=plan.step,
@@ -75,7 +108,7 @@ def failed_step(plan: StepPlan, error: Exception) -> StepResult:
     )
 
 
-def ran_out_of_memory(error: Exception) -> bool:
+def ran_out_of_memory(error: BaseException) -> bool:
     """Whether a step failed for want of the device's or the host's memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True

@@ -303,6 +303,11 @@ class StageTimes(WireType, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
+Span = tuple[float, float]
+"""When something began and ended: milliseconds of the monotonic clock, which all processes of a host
+share."""
+
+
 class RequestResult(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """What a step did for one request. `token_ids` is empty while its tokens are still being
     read."""
@@ -330,6 +335,9 @@ class StepResult(WireType, frozen=True, kw_only=True, omit_defaults=True):
     step: int
     results: tuple[RequestResult, ...] = ()
     times: StageTimes = StageTimes()
+    draft_span: Span | None = None
+    """When rank 0 drafted, what it waited for other ranks included; None where nothing was done."""
+    verify_span: Span | None = None
     num_rows: int = 0
     """Rows of the target's pass."""
     error: str | None = None
@@ -469,13 +477,17 @@ class StepStats(WireType, frozen=True, kw_only=True):
     """One step, for histograms."""
 
     seconds: float
-    """From its plan to its result."""
+    """From its plan to its result; where that was made while another step ran, from the other's
+    result."""
     times: StageTimes
     num_requests: int
     num_rows: int
     draft_lengths: tuple[int, ...] = ()
     """Drafts chosen for each request that drafted: the length of its chain, the depth of its
     tree."""
+    draft_span: Span | None = None
+    """When rank 0 drafted, and when it verified: the time line of the stages."""
+    verify_span: Span | None = None
 
 
 class KvLinks(WireType, frozen=True, kw_only=True):

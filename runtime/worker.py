@@ -9,6 +9,9 @@ Every rank runs the same code on the same plan. A step, with rank 0 deciding:
     rank 0      propose ──draft ids──> target pass ──logits──> tokens, verdicts ──tokens──> lengths
     rank 1..    propose ──draft ids──> target pass                             └──tokens──> lengths
 
+It has two stages, `draft` and `verify`, which may run side by side for two plans that share no request
+(`runtime/pipeline.py`).
+
 All requests of a step share its passes. A request whose fed tokens reach its last committed one gets
 its drafts' rows on top, and emits at least one token; the others only fill KV.
 
@@ -25,9 +28,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from paceline.parallel.mesh import Mesh
+from paceline.parallel.mesh import Axis, Mesh
 from paceline.parallel.tensor import best, gather_vocabulary
-from paceline.runtime.clock import StageClock
+from paceline.runtime.clock import StageClock, now_ms
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import PromptError
 from paceline.runtime.kv.compact import KeptPath
@@ -69,6 +72,7 @@ from paceline.runtime.types import (
     Request,
     RequestResult,
     ScheduledRequest,
+    Span,
     StageTimes,
     StepPlan,
     StepResult,
@@ -141,13 +145,23 @@ class Feed:
         return max(0, min(self.scheduled.num_tokens, len(request.prompt_token_ids) - 1 - seen))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Drafted:
+    """A plan between its stages."""
+
+    step: int
+    feeds: list[Feed]
+    times: StageTimes
+    span: Span
+
+
 class Worker:
     """A rank's models and the requests they work on. `step` is its one hot method."""
 
     def __init__(self, config: EngineConfig, mesh: Mesh, *, loaded: Loaded | None = None) -> None:
         """`loaded` are models already on this rank, for several workers to use in turn."""
         self.mesh = mesh
-        self._config = config
+        self.config = config
         self._models = models = loaded or load(config, mesh)
         self.target = models.target
         self.num_blocks = models.num_blocks
@@ -169,7 +183,7 @@ class Worker:
         """Start this rank's KV link, so that other engines can follow what is computed here.
         `control` is the engine loop's address, `host` ours."""
         rank = self.mesh.rank
-        self._link = KvLink(self._config, self._models, rank=rank, control=control, host=host)
+        self._link = KvLink(self.config, self._models, rank=rank, control=control, host=host)
 
     def close(self) -> None:
         """End the KV link, if there is one. Safe to call twice."""
@@ -183,29 +197,44 @@ class Worker:
             str(self.mesh.device),
             f"all-reduce {self.mesh.world.collectives.name}",
         ]
+        if self.mesh.drafting is not self.mesh.world:
+            parts[-1] += f", {self.mesh.drafting.collectives.name} while drafting"
         if self.target is not None:
             parts.append(f"target {self.target.describe()}")
         parts += [f"drafter {drafter.describe()}" for drafter in self._drafters.values()]
         return ", ".join(parts)
 
-    @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
         """Carry out a plan. Every rank returns a result; only rank 0's is read."""
+        return self.verify(self.draft(plan))
+
+    @torch.inference_mode()
+    def draft(self, plan: StepPlan) -> Drafted:
+        """The first stage: who takes part, and their drafts. Plans come in their order."""
+        start_ms = now_ms()
         for request_id in plan.finished:
             self.sequences.pop(request_id, None)
         feeds = [self._feed(scheduled) for scheduled in plan.scheduled]
-        if not feeds:
-            return StepResult(step=plan.step)
         times = self._draft(feeds)
         self._mark_drafter(feeds)
-        clock = StageClock(self.mesh.device)
+        return Drafted(step=plan.step, feeds=feeds, times=times, span=(start_ms, now_ms()))
+
+    @torch.inference_mode()
+    def verify(self, drafted: Drafted) -> StepResult:
+        """The second: the target's pass, its tokens, and the new lengths. Plans come in their order."""
+        feeds = drafted.feeds
+        if not feeds:
+            return StepResult(step=drafted.step)
+        start_ms, clock = now_ms(), StageClock(self.mesh.device)
         logits_PV = self._target_pass(feeds)
         self._emit(feeds, logits_PV)
         results = tuple(self._commit(feed) for feed in feeds)
         return StepResult(
-            step=plan.step,
+            step=drafted.step,
             results=results,
-            times=times.plus(StageTimes(verify_ms=clock.lap())),
+            times=drafted.times.plus(StageTimes(verify_ms=clock.lap())),
+            draft_span=drafted.span,
+            verify_span=(start_ms, now_ms()),
             num_rows=sum(feed.num_rows for feed in feeds),
         )
 
@@ -233,12 +262,12 @@ class Worker:
             draft_rows=DraftRows(
                 calibration=self._calibration, grouped=self._grouped, exact=cached, filled=cached
             ),
-            sinks=self._config.kv_sink_tokens if keeps_window else 0,
-            window=self._config.kv_window if keeps_window else 0,
+            sinks=self.config.kv_sink_tokens if keeps_window else 0,
+            window=self.config.kv_window if keeps_window else 0,
             slot=scheduled.slot,
         )
         if "ngram" in self._drafters and request.num_draft_tokens != 0:
-            spec = self._config.speculative_config
+            spec = self.config.speculative_config
             assert spec is not None
             sequence.ngrams = NgramIndex(
                 sequence.token_ids,
@@ -289,7 +318,8 @@ class Worker:
         if modelled and (branching or self.mesh.draft.size != self.mesh.world.size):
             drafts = [draft_words(feed.draft) for feed in modelled]
             sizes = [most_words(feed.scheduled) for feed in modelled]
-            for feed, words in zip(modelled, self._tell(drafts, sizes), strict=True):
+            told = self._tell(drafts, sizes, axis=self.mesh.drafting)
+            for feed, words in zip(modelled, told, strict=True):
                 branches = feed.scheduled.tree is not None
                 feed.draft = read_words(words, branches=branches, probs_PV=feed.draft.probs_PV)
         return times
@@ -379,7 +409,7 @@ class Worker:
                 if self.mesh.rank0:
                     self._rank0_choose(feeds, full_PV)
         sizes = [1 + len(feed.draft.token_ids) for feed in emitting]
-        told = self._tell([feed.emitted for feed in emitting], sizes)
+        told = self._tell([feed.emitted for feed in emitting], sizes, axis=self.mesh.world)
         for feed, token_ids in zip(emitting, told, strict=True):
             feed.emitted = token_ids
         self._keep([feed for feed in emitting if feed.draft.tree is not None])
@@ -497,15 +527,17 @@ class Worker:
             error=sequence.error or _grammar_error(sequence),
         )
 
-    def _tell(self, chains: Many[Many[int]], sizes: list[int]) -> list[tuple[int, ...]]:
+    def _tell(
+        self, chains: Many[Many[int]], sizes: list[int], *, axis: Axis
+    ) -> list[tuple[int, ...]]:
         """Rank 0's chains of token ids, the i-th at most `sizes[i]` long, on every rank."""
-        if self.mesh.world.size == 1 or not sizes:
+        if axis.size == 1 or not sizes:
             return [tuple(chain) for chain in chains]
         words: list[int] = []
         for chain, size in zip(chains, sizes, strict=True):
             words += [len(chain), *chain, *[0] * (size - len(chain))]
         told = torch.tensor(words, dtype=torch.int64, device=self.mesh.device)
-        words = [int(word) for word in self.mesh.world.collectives.broadcast_(told).tolist()]
+        words = [int(word) for word in axis.collectives.broadcast_(told).tolist()]
         found, at = [], 0
         for size in sizes:
             found.append(tuple(words[at + 1 : at + 1 + words[at]]))

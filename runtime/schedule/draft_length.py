@@ -12,7 +12,10 @@ per millisecond of the whole batch:
     first    the drafter's pass over what it has not read, which gives the first draft
     later    each pass after it
 
-All four costs are learnt from the steps themselves, and E from what became of each request's drafts
+Where one step drafts while another is verified, the shorter of the two is partly hidden behind the
+longer, and the denominator is less by that part of it.
+
+All these costs are learnt from the steps themselves, and E from what became of each request's drafts
 (SmartSpec, arXiv 2406.14066; decoding.md 10.4). Nothing is drafted where it would not pay. So that
 this can change, a step without drafts is run now and then while there are some, and while there are
 none a few requests draft.
@@ -87,10 +90,19 @@ class DraftState:
         return self.num_tokens if self.tree is None else self.tree.nodes
 
 
+class Drafting(NamedTuple):
+    """Whom a choice was for. Its step's cost brings it back, perhaps after the next choice."""
+
+    num_requests: int = 0
+    is_counted: bool = False
+    """Whether none of them said itself how many."""
+
+
 class StepCost(NamedTuple):
     """What a step was and what it took."""
 
     seconds: float
+    """Of nothing but this step, if another was under way as well."""
     times: StageTimes
     rows: int
     """Of the target's pass, drafts included."""
@@ -104,6 +116,7 @@ class StepCost(NamedTuple):
     """Drafting passes: the greatest number of drafts that the model made for a request."""
     later_rows: int
     """Rows of all passes after the first together."""
+    drafting: Drafting = Drafting()
 
 
 class DraftPolicy(Protocol):
@@ -113,7 +126,7 @@ class DraftPolicy(Protocol):
     def reads_prompts(self) -> bool:
         """Whether the draft model should read prompts along with the target."""
 
-    def choose(self, states: Sequence[DraftState], *, rows: int) -> None:
+    def choose(self, states: Sequence[DraftState], *, rows: int) -> Drafting:
         """Set `num_tokens` and `drafter` of every state. `rows`: those of the target's pass without
         any drafts."""
 
@@ -148,16 +161,16 @@ class FixedDrafts:
     def __init__(self, tree: DraftShape | None = None) -> None:
         self._tree = tree
 
-    def choose(self, states: Sequence[DraftState], *, rows: int) -> None:  # noqa: ARG002
+    def choose(self, states: Sequence[DraftState], *, rows: int) -> Drafting:  # noqa: ARG002
         for state in states:
             _draft_most(state)
             state.tree = None
-        if self._tree is None:
-            return
-        modelled = [s for s in states if s.drafter == "draft_model" and s.num_tokens]
-        if len(modelled) * self._tree.nodes <= TREE_ROWS:
-            for state in modelled:
-                state.tree = self._tree
+        if self._tree is not None:
+            modelled = [s for s in states if s.drafter == "draft_model" and s.num_tokens]
+            if len(modelled) * self._tree.nodes <= TREE_ROWS:
+                for state in modelled:
+                    state.tree = self._tree
+        return Drafting()
 
     def verified(self, state: DraftState, *, num_drafted: int, num_accepted: int) -> None:
         """Learns nothing."""
@@ -339,17 +352,15 @@ class AdaptiveDrafts:
         self._last_explored = 0
         self._num_explored = 0
         self._account_ms: float | None = None
-        self._num_requests = 0
-        self._is_counted = False
+        self._hidden = 0.0  # part of the shorter stage that ran beside another step's longer one
 
     @property
     def reads_prompts(self) -> bool:
         return self._setting.depth > 0
 
-    def choose(self, states: Sequence[DraftState], *, rows: int) -> None:
+    def choose(self, states: Sequence[DraftState], *, rows: int) -> Drafting:
         self._step += 1
-        self._num_requests = len(states)
-        self._is_counted = not any(state.asked for state in states)
+        drafting = Drafting(len(states), not any(state.asked for state in states))
         overdrawn = self._account_ms is not None and self._account_ms < 0.0
         if overdrawn or self._is_off_due(rows):
             for state in states:
@@ -357,7 +368,7 @@ class AdaptiveDrafts:
                     _draft_most(state)
                 else:
                     state.num_tokens = 0
-            return
+            return drafting
         changed = abs(len(states) - self._decided_for) * 4 > self._decided_for
         if self._step >= self._next_decision or changed:
             self._decide(states, rows=rows)
@@ -367,6 +378,7 @@ class AdaptiveDrafts:
             drafted += state.num_tokens
         if drafted == 0 and self._step - self._last_explored >= self._EXPLORE_EVERY:
             self._explore(states, rows=rows)
+        return drafting
 
     def verified(self, state: DraftState, *, num_drafted: int, num_accepted: int) -> None:
         own = state.model if state.drafter == "draft_model" else state.ngram
@@ -390,8 +402,13 @@ class AdaptiveDrafts:
             rows = cost.later_rows + (cost.first_rows if passes == cost.num_passes else 0)
             news |= self._later.observe(max(1.0, rows / passes), times.draft_ms / passes)
         whole_ms = cost.seconds * 1e3
-        rest_ms = whole_ms - times.calibrate_ms - times.draft_ms - times.verify_ms
-        rest_ms = max(0.0, rest_ms)
+        drafting_ms = times.calibrate_ms + times.draft_ms
+        rest_ms = whole_ms - drafting_ms - times.verify_ms
+        shorter_ms = min(drafting_ms, times.verify_ms)
+        if shorter_ms > 0.0:
+            hidden = min(1.0, max(0.0, -rest_ms / shorter_ms))
+            self._hidden += 0.1 * (hidden - self._hidden)
+        rest_ms = max(0.0, rest_ms + self._hidden * shorter_ms)
         if self._rest_ms is None:
             self._rest_ms = rest_ms
         # the time of one pause is not the time of a step
@@ -410,8 +427,9 @@ class AdaptiveDrafts:
         if self._account_ms is None:
             self._account_ms = self._FIRST_STEPS * undrafted_ms
         self._account_ms += self._ALLOWANCE * undrafted_ms
-        if cost.draft_rows and self._is_counted:
-            worth = 1.0 + cost.num_accepted / self._num_requests  # in steps without drafts
+        drafting = cost.drafting
+        if cost.draft_rows and drafting.is_counted:
+            worth = 1.0 + cost.num_accepted / drafting.num_requests  # in steps without drafts
             # a step that took far longer was held up by something else
             step_ms = min(cost.seconds * 1e3, self._LONGEST_STEP * undrafted_ms)
             self._account_ms += worth * undrafted_ms - step_ms
@@ -553,12 +571,13 @@ class AdaptiveDrafts:
 
     def _cost(self, *, rows: int, passes: int = 0, first: float = 0, later: int = 0) -> float:
         """Milliseconds of a step."""
-        cost_ms = (self._rest_ms or 0.0) + self._verify.at(rows)
+        drafting_ms, verify_ms = 0.0, self._verify.at(rows)
         if passes > 0:
-            cost_ms += self._first.at(first) or self._later.at(first)
+            drafting_ms += self._first.at(first) or self._later.at(first)
         if passes > 1:
-            cost_ms += (passes - 1) * self._later.at(max(1.0, later / (passes - 1)))
-        return max(cost_ms, 1e-6)
+            drafting_ms += (passes - 1) * self._later.at(max(1.0, later / (passes - 1)))
+        cost_ms = (self._rest_ms or 0.0) + verify_ms + drafting_ms
+        return max(cost_ms - self._hidden * min(drafting_ms, verify_ms), 1e-6)
 
     # --------------------------------------------------------------------------------- exploration
 

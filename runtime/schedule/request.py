@@ -90,6 +90,8 @@ class RunningRequest:
     """Whether the ranks know it."""
     fetch: KvFetch | None = field(init=False)
     """Where its KV is to be had, until that has been tried."""
+    in_flight: bool = False
+    """Whether it is part of a step that is not yet answered."""
     transfer: Transfer | None = None
     """While its blocks are in the links' hands."""
     fetched: FetchAccount | None = None
@@ -104,10 +106,10 @@ class RunningRequest:
     drafted: int = 0
     accepted: int = 0
     accepted_at: list[int] = field(default_factory=list)
-    times: StageTimes = field(default_factory=StageTimes)
-    """Of its steps after the first token, up to its last preemption."""
-    times_since: StageTimes | None = None
-    """The engine's total when the present stretch of such steps began."""
+    calibrate_ms: float = 0.0
+    """Of its steps after the first token, as are the next two."""
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
     _stop_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -188,11 +190,11 @@ class RunningRequest:
             error=error,
         )
 
-    def stop_clock(self, total: StageTimes) -> None:
-        """It takes no part in the steps that follow."""
-        if self.times_since is not None:
-            self.times = self.times.plus(_minus(total, self.times_since))
-            self.times_since = None
+    def took_part(self, times: StageTimes) -> None:
+        """In a step that took so long."""
+        self.calibrate_ms += times.calibrate_ms
+        self.draft_ms += times.draft_ms
+        self.verify_ms += times.verify_ms
 
     def lose_blocks(self) -> None:
         """Forget its KV, that has been freed."""
@@ -213,15 +215,9 @@ class RunningRequest:
             drafted=self.drafted,
             accepted=self.accepted,
             accepted_at=tuple(self.accepted_at),
-            times=self.times,
+            times=StageTimes(
+                calibrate_ms=self.calibrate_ms, draft_ms=self.draft_ms, verify_ms=self.verify_ms
+            ),
             events=tuple(self.events),
             fetch=self.fetched,
         )
-
-
-def _minus(total: StageTimes, earlier: StageTimes) -> StageTimes:
-    return StageTimes(
-        calibrate_ms=total.calibrate_ms - earlier.calibrate_ms,
-        draft_ms=total.draft_ms - earlier.draft_ms,
-        verify_ms=total.verify_ms - earlier.verify_ms,
-    )

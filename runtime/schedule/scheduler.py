@@ -16,14 +16,20 @@ A step is `{request: number of tokens}`. Its rows are given out in this order, o
     3. what running requests still have to read, best key first
     4. waiting requests, best key first, none before its better
 
+Several steps may be in flight (`Limits.plans_in_flight`), with no request in two of them: a step then
+takes its part of the requests, and those whose step is in flight are left alone until it is answered.
+They are not planned again, not preempted, and keep their blocks even when they are aborted: ranks still
+write them. Ranks take steps in order, so that a step may read what an earlier one writes.
+
 No more requests run than there are rows: so every text grows in every step, and while anything is
 unread some of it is read.
 
 Why nobody waits forever. A key is the time of arrival plus what the priority costs; it never
 changes, so ageing is the same for all and the order is total. Only a worse key is preempted for a
 better, and the best running request can take every block, which is enough for it, or it would have
-been refused. So it grows in every step until it ends; and so does the next best after it. A request
-that was preempted returns only when all of its tokens fit beside those who run.
+been refused. So it grows in every step until it ends; and so does the next best after it. With several
+steps in flight it grows in every one that it can be in: whose blocks it lacks is soon out of its own.
+A request that was preempted returns only when all of its tokens fit beside those who run.
 """
 
 from __future__ import annotations
@@ -43,6 +49,7 @@ from paceline.runtime.errors import PromptError
 from paceline.runtime.schedule.blocks import BlockPool, PrefixHit
 from paceline.runtime.schedule.draft_length import (
     AdaptiveDrafts,
+    Drafting,
     DraftPolicy,
     DraftState,
     FixedDrafts,
@@ -93,6 +100,8 @@ class Limits:
     sink_tokens: int = 4
     window: int = 1024
     priority_ageing_s: float = 30.0
+    plans_in_flight: int = 1
+    """Steps that may be planned before the first of them is answered."""
     num_slots: int = 0
     """Requests whose KV can be offered to other engines at once; 0 for an engine without KV links."""
 
@@ -113,7 +122,7 @@ class Speculation:
 
 @dataclass(slots=True)
 class _Share:
-    """A request's part of the step being planned."""
+    """A request's part of a step."""
 
     running: RunningRequest
     num_tokens: int
@@ -131,11 +140,21 @@ class _Share:
         return self.num_draft_tokens if self.tree is None else self.tree.nodes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Flight:
+    """A step that is planned and not yet answered."""
+
+    step: int
+    planned_s: float
+    shares: list[_Share]
+    drafting: Drafting
+
+
 class Scheduler:
     """Continuous batching over one pool of blocks.
 
-    `schedule` and `update` alternate: every plan is carried out and answered before the next is
-    made. `add` and `abort` may come between any two calls, from the same thread.
+    `schedule` while `may_plan`; every plan that says anything is carried out, and `update` takes the
+    answers in the same order. `add` and `abort` may come between any two calls, from the same thread.
     """
 
     def __init__(
@@ -166,13 +185,13 @@ class Scheduler:
         self._num_waiting = 0
         self._blocked: tuple[RunningRequest, int] | None = None
         self._finished: list[str] = []
-        self._shares: list[_Share] = []
+        self._flights: deque[_Flight] = deque()
+        self._ends_in_flight: list[TransferEnd] = []
         self._num_added = 0
         self._num_read_rows = 0  # rows of the last step that were neither last tokens nor drafts
-        self._planned_s = 0.0
+        self._answered_s = 0.0
         self._step = 0
         self._totals = Counter[str]()
-        self._times = StageTimes()
         num_positions = 0 if speculation is None else speculation.num_tokens
         self._accepted = [0] * (num_positions + 1)  # entry i: rounds that kept exactly i drafts
         self._steps: deque[StepStats] = deque(maxlen=_MOST_STEPS)
@@ -181,9 +200,14 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether to make another plan. One that only says who is finished is worth a step: the
-        ranks hold what such requests had until they hear of it."""
-        return bool(self._running or self._num_waiting or self._finished)
+        """Whether to make another plan, or to wait for an answer. One that only says who is finished
+        is worth a step: the ranks hold what such requests had until they hear of it."""
+        return bool(self._running or self._num_waiting or self._finished or self._flights)
+
+    @property
+    def may_plan(self) -> bool:
+        """Whether fewer plans are in flight than may be."""
+        return len(self._flights) < self.limits.plans_in_flight
 
     @property
     def num_requests(self) -> int:
@@ -243,7 +267,8 @@ class Scheduler:
 
     def abort(self, request_id: str) -> TokenDelta | None:
         """Drop a request wherever it is; its terminal delta, or None if it is not here. Its blocks
-        are free at once, and the ranks forget it with the next plan. One that has ended is not here,
+        are free at once, or when its step is answered, and the ranks forget it with the next plan. One
+        that has ended is not here,
         but its KV may be, held for a consumer that will not come."""
         running = self._requests.get(request_id)
         if running is None:
@@ -305,7 +330,9 @@ class Scheduler:
         self._pool.check()
         held = Counter[int]()
         fetching = [each for each in self._requests.values() if each.state is State.FETCHING]
-        for running in (*self._running, *fetching):
+        in_flight = [share.running for flight in self._flights for share in flight.shares]
+        ended = [each for each in in_flight if each.state is State.FINISHED]
+        for running in (*self._running, *fetching, *ended):
             held.update(block for block in running.blocks if block != GONE)
         held.update(self.transfers.kept_blocks())
         for block in range(self.limits.num_blocks):
@@ -314,6 +341,12 @@ class Scheduler:
             )
         assert all(a.key < b.key for a, b in pairwise(self._running)), (
             "running requests are not in the order of their keys"
+        )
+        assert len(self._flights) <= self.limits.plans_in_flight, f"{len(self._flights)} in flight"
+        assert len({id(each) for each in in_flight}) == len(in_flight), "one is in two steps"
+        flying = {id(each) for each in in_flight if each not in ended}
+        assert flying == {id(each) for each in self._running if each.in_flight}, (
+            "not those are in flight that are marked so"
         )
         num_seated = len(self._running) + len(fetching)
         assert num_seated <= self._seats, f"{num_seated} run or will, on {self._seats} seats"
@@ -334,26 +367,43 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """The next step. Moves waiting requests to running, and back where blocks run out."""
-        now_s = self._planned_s = self._clock()
+        assert self.may_plan, f"{len(self._flights)} steps are in flight and not answered"
+        now_s = self._clock()
         if self.limits is not self._full_limits and now_s >= self._cautious_until_s:
             self.limits = self._full_limits
         num_preemptions = self._totals["preemptions"]
-        self._shares = []
-        free_rows = self._choose_drafts()
-        free_rows = self._serve_running(free_rows, now_s=now_s)
+        ready, most_shares = self._part()
+        shares: list[_Share] = []
+        free_rows, drafting = self._choose_drafts(ready)
+        free_rows = self._serve(ready, free_rows, shares, now_s=now_s)
         if self._totals["preemptions"] == num_preemptions:
-            self._admit(free_rows, now_s=now_s)
-        scheduled = tuple([self._announce(share) for share in self._shares])
-        plan = StepPlan(step=self._step, scheduled=scheduled, finished=tuple(self._finished))
-        self._finished = []
+            self._admit(free_rows, shares, most_shares=most_shares, now_s=now_s)
+        scheduled = tuple([self._announce(share) for share in shares])
+        finished: tuple[str, ...] = ()
+        if scheduled or not self._flights:  # it can wait for a step that does more
+            finished, self._finished = tuple(self._finished), []
+        plan = StepPlan(step=self._step, scheduled=scheduled, finished=finished)
+        if scheduled or finished:
+            flight = _Flight(step=self._step, planned_s=now_s, shares=shares, drafting=drafting)
+            self._flights.append(flight)
         self._step += 1
         return plan
 
-    def _choose_drafts(self) -> int:
+    def _part(self) -> tuple[list[RunningRequest], int]:
+        """Of the running requests those for this step, best key first, and how many shares it may have,
+        those let in by it included. An even part of all, of which each step in flight has one."""
+        depth = self.limits.plans_in_flight
+        if depth == 1:
+            return list(self._running), len(self._running) + self._num_waiting
+        ready = [each for each in self._running if not each.in_flight]
+        num_running = len(self._running)
+        return ready[: -(-num_running // depth)], -(-(num_running + self._num_waiting) // depth)
+
+    def _choose_drafts(self, ready: Sequence[RunningRequest]) -> tuple[int, Drafting]:
         """Set every draft length; the rows that are left for reading."""
         num_rows = 0
         drafting: list[DraftState] = []
-        for running in self._running:
+        for running in ready:
             length = len(running.token_ids)
             if length - running.seen > 1:
                 continue
@@ -367,16 +417,16 @@ class Scheduler:
             drafting.append(draft)
         free_rows = self.limits.max_num_batched_tokens - num_rows
         if not drafting:
-            return free_rows
-        self._drafts.choose(drafting, rows=num_rows + self._num_read_rows)
+            return free_rows, Drafting()
+        counted = self._drafts.choose(drafting, rows=num_rows + self._num_read_rows)
         for_drafts = free_rows
         has_seat = self._num_waiting > 0 and len(self._running) < self._seats
-        if has_seat or num_rows < len(self._running):
+        if has_seat or num_rows < len(ready):
             for_drafts -= min(free_rows, max(1, self.limits.max_num_batched_tokens // 4))
         num_drafts = self._within_reading(drafting)
         if num_drafts > for_drafts:
             num_drafts = _cut(drafting, for_drafts)
-        return free_rows - num_drafts
+        return free_rows - num_drafts, counted
 
     def _may_branch(self, running: RunningRequest) -> bool:
         """Whether its drafts may be a tree: not before its sinks are read, a slot of a tree not being
@@ -399,29 +449,35 @@ class Scheduler:
             num_drafts += draft.num_rows
         return num_drafts
 
-    def _serve_running(self, free_rows: int, *, now_s: float) -> int:
-        """Shares and blocks for those that run, best key first; the rows that are left."""
+    def _serve(
+        self,
+        ready: Sequence[RunningRequest],
+        free_rows: int,
+        shares: list[_Share],
+        *,
+        now_s: float,
+    ) -> int:
+        """Shares and blocks for those of a step, best key first; the rows that are left."""
         block_size, pool = self.limits.block_size, self._pool
         self._num_read_rows = 0
-        shares, index = self._shares, 0
-        while index < len(self._running):
-            running = self._running[index]
+        for running in ready:
+            if running.state is not State.RUNNING:  # it has made room for a better one
+                continue
             length, held = len(running.token_ids), len(running.blocks)
             num_tokens = length - running.seen
             if num_tokens > 1:
                 num_tokens = self._fitting(running, min(num_tokens, free_rows))
-                while num_tokens == 0 and index == 0 and free_rows > 0:
+                while num_tokens == 0 and running is self._running[0] and free_rows > 0:
                     # the best of all must go on: those after it make room
                     victim = self._victim()
                     if victim is None:
                         break
                     self._preempt(victim, now_s=now_s)
                     num_tokens = self._fitting(running, min(length - running.seen, free_rows))
-                index += 1
                 if num_tokens == 0:
                     continue
                 free_rows -= num_tokens
-                self._read(running, num_tokens)
+                shares.append(self._read(running, num_tokens))
                 continue
             if running.seen == held * block_size:
                 victim = self._victim() if pool.num_free == 0 else None
@@ -430,8 +486,7 @@ class Scheduler:
                     victim = self._victim() if running.state is State.RUNNING else None
                 if running.state is not State.RUNNING:
                     break
-                if pool.num_free == 0:  # it goes on when the links give blocks back
-                    index += 1
+                if pool.num_free == 0:  # it goes on when the links or a step give blocks back
                     continue
                 running.blocks += pool.allocate(1)
             share = _Share(running, 1, held, length=length)
@@ -440,7 +495,6 @@ class Scheduler:
             else:
                 share.read_draft = self._reads(running)
             shares.append(share)
-            index += 1
         for share in shares:
             draft = share.draft
             if draft is not None and draft.num_tokens:
@@ -448,9 +502,11 @@ class Scheduler:
         return free_rows
 
     def _victim(self) -> RunningRequest | None:
-        """Whom to preempt: the worst key of those whose blocks are not in the links' hands, if there
-        is a better one to gain by it."""
-        candidates = [each for each in self._running if each.transfer is None]
+        """Whom to preempt: the worst key of those whose blocks are neither in the links' hands nor in a
+        step's, if there is a better one to gain by it."""
+        candidates = [
+            each for each in self._running if each.transfer is None and not each.in_flight
+        ]
         return candidates[-1] if len(candidates) > 1 else None
 
     def _fitting(self, running: RunningRequest, num_tokens: int) -> int:
@@ -466,7 +522,6 @@ class Scheduler:
         self._num_read_rows += num_tokens
         length = len(running.token_ids)
         share = _Share(running, num_tokens, held, length=length, read_draft=self._reads(running))
-        self._shares.append(share)
         # others of this very step may use them: every layer's KV is written before it is read
         exact = end if share.read_draft else running.draft_exact
         self._register(running, end=end, draft_exact=exact)
@@ -506,9 +561,11 @@ class Scheduler:
             running.blocks += self._pool.allocate(needed)
         return True
 
-    def _admit(self, free_rows: int, *, now_s: float) -> None:
+    def _admit(
+        self, free_rows: int, shares: list[_Share], *, most_shares: int, now_s: float
+    ) -> None:
         """Let waiting requests run while there are rows, seats and blocks."""
-        while self._num_waiting and self._num_seated < self._seats:
+        while self._num_waiting and self._num_seated < self._seats and len(shares) < most_shares:
             running = self._waiting[0][1]
             if running.state is not State.WAITING:
                 heapq.heappop(self._waiting)
@@ -518,7 +575,7 @@ class Scheduler:
             if running.strikes >= TRIED_ALONE and self._has_suspect:
                 return
             blocked = self._blocked
-            if blocked is not None and (self._running or self.transfers.holds_blocks):
+            if blocked is not None and self._will_free_blocks:
                 tried, num_free = blocked
                 if tried is running and self._pool.num_free <= num_free:
                     return
@@ -545,7 +602,12 @@ class Scheduler:
             num_tokens = self._fitting(running, num_tokens)
             assert num_tokens > 0, f"{running.request_id} was let in without room"
             free_rows -= num_tokens
-            self._read(running, num_tokens)
+            shares.append(self._read(running, num_tokens))
+
+    @property
+    def _will_free_blocks(self) -> bool:
+        """Whether anybody holds blocks who will give them back."""
+        return bool(self._running or self._flights or self.transfers.holds_blocks)
 
     @property
     def _has_suspect(self) -> bool:
@@ -568,8 +630,6 @@ class Scheduler:
         running.num_registered = len(hit.blocks)
         running.num_draft_registered = hit.num_draft_exact
         running.draft_seen = running.draft_exact = hit.num_draft_exact * block_size
-        if not running.is_first and running.times_since is None:
-            running.times_since = self._times
         if running.num_cached is None:
             running.num_cached = running.seen
             if self.limits.enable_prefix_caching and running.may_share:
@@ -604,7 +664,10 @@ class Scheduler:
         )
 
     def transferred(self, end: TransferEnd) -> list[TokenDelta]:
-        """The links are done with a transfer: its blocks are ours again."""
+        """The links are done with a transfer: its blocks are ours again. The ranks must be too."""
+        if self._is_written(end.transfer_id):
+            self._ends_in_flight.append(end)
+            return []
         transfer = self.transfers.end(end)
         if transfer is None:
             return []
@@ -635,6 +698,11 @@ class Scheduler:
         error = f"the KV of its prompt could not be fetched: {error}"
         return [_terminal(running, "error", error)]
 
+    def _is_written(self, transfer_id: str) -> bool:
+        """Whether a step in flight fills blocks of a transfer and marks how far."""
+        transfers = (share.running.transfer for flight in self._flights for share in flight.shares)
+        return any(each is not None and each.transfer_id == transfer_id for each in transfers)
+
     def _mismatch(self, running: RunningRequest, handover: Handover | None) -> str | None:
         """Why this is not what the producer should have handed over; None if it is."""
         if handover is None or len(handover.token_ids) != 1:
@@ -663,7 +731,7 @@ class Scheduler:
             token_ids=handover.token_ids,
             logprobs=handover.logprobs,
         )
-        return self._take(share, drawn, now_s=self._clock())
+        return self._take(share, drawn, StageTimes(), now_s=self._clock())
 
     def _hand_over(self, running: RunningRequest, each: RequestResult) -> None:
         """Its prompt is read: what the other engine needs to go on."""
@@ -693,7 +761,7 @@ class Scheduler:
 
     def _has_blocks(self, running: RunningRequest, hit: PrefixHit, num_tokens: int) -> bool:
         """Whether all its tokens fit beside those who run, and a block more for each of these."""
-        if not self._running and not self.transfers.holds_blocks:
+        if not self._will_free_blocks:
             return True
         window = self.limits.window
         behind = window if running.draft is not None and running.draft.uses_model else 0
@@ -705,6 +773,7 @@ class Scheduler:
 
     def _announce(self, share: _Share) -> ScheduledRequest:
         running = share.running
+        running.in_flight = True
         draft = share.draft
         num_drafts = share.num_draft_tokens
         drafter = draft.drafter if num_drafts and draft is not None else "draft_model"
@@ -743,21 +812,24 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Take a step's tokens; one delta per request that got any. Ends requests and frees their
         blocks."""
-        assert result.step == plan.step == self._step - 1, (
-            f"expected the result of step {self._step - 1}, found {plan.step} and {result.step}"
+        if not (plan.scheduled or plan.finished):  # of nobody
+            return []
+        flight = self._flights.popleft()
+        assert result.step == plan.step == flight.step, (
+            f"expected the result of step {flight.step}, found {plan.step} and {result.step}"
         )
         now_s = self._clock()
-        # first tokens of this step begin their clocks after it
-        self._times = self._times.plus(result.times)
-        self._observe(result, now_s=now_s)
+        self._observe(flight, result, now_s=now_s)
         deltas: list[TokenDelta] = []
-        for share, each in zip(self._shares, result.results, strict=True):
+        for share, each in zip(flight.shares, result.results, strict=True):
             running = share.running
+            running.in_flight = False
             assert each.request_id == running.request.request_id, (
                 f"expected the result of {running.request.request_id}, found {each.request_id}"
             )
-            if running.state is not State.RUNNING:
-                continue  # aborted while the step ran
+            if running.state is not State.RUNNING:  # aborted while the step ran
+                self._release(running, reason="aborted")
+                continue
             if each.error is not None:
                 self._end(running, now_s=now_s, reason=each.error)
                 deltas.append(_terminal(running, "error", each.error))
@@ -771,14 +843,20 @@ class Scheduler:
                 read = min(running.seen + share.num_tokens, running.num_prompt) - running.seen
                 self._totals["prompt"] += read
             if each.token_ids:
-                deltas.append(self._take(share, each, now_s=now_s))
+                deltas.append(self._take(share, each, result.times, now_s=now_s))
             else:
+                if not running.is_first:
+                    running.took_part(result.times)
                 running.seen += share.num_tokens
                 self._settle(running)
-        self._shares = []
+        ends, self._ends_in_flight = self._ends_in_flight, []
+        for end in ends:
+            deltas += self.transferred(end)
         return deltas
 
-    def _take(self, share: _Share, each: RequestResult, *, now_s: float) -> TokenDelta:
+    def _take(
+        self, share: _Share, each: RequestResult, times: StageTimes, *, now_s: float
+    ) -> TokenDelta:
         """A round's tokens: what is passed on of them."""
         running = share.running
         is_first = running.is_first
@@ -799,8 +877,8 @@ class Scheduler:
             self._totals["generation"] += len(token_ids)
         if is_first:
             running.events.append((Event.FIRST_TOKEN, now_s))
-            running.times_since = self._times
         else:
+            running.took_part(times)
             running.count_round(num_drafted=each.num_drafted, num_accepted=num_accepted)
         if end is None and not is_first and not each.logprobs:
             return TokenDelta(
@@ -839,27 +917,32 @@ class Scheduler:
                 draft, num_drafted=each.num_drafted, num_accepted=each.num_accepted
             )
 
-    def _observe(self, result: StepResult, *, now_s: float) -> None:
-        """Remember what the step was and took."""
-        if not self._shares:
+    def _observe(self, flight: _Flight, result: StepResult, *, now_s: float) -> None:
+        """Remember what the step was and took: of the time that it shared with an earlier one, what
+        came after that one's end."""
+        shares = flight.shares
+        seconds = now_s - max(flight.planned_s, self._answered_s)
+        self._answered_s = now_s
+        if not shares:
             return
-        lengths = tuple([s.num_draft_tokens for s in self._shares if s.num_draft_tokens])
-        draft_rows = sum([share.num_draft_rows for share in self._shares])
-        seconds = now_s - self._planned_s
+        lengths = tuple([s.num_draft_tokens for s in shares if s.num_draft_tokens])
+        draft_rows = sum([share.num_draft_rows for share in shares])
         self._totals["steps"] += 1
         self._steps.append(
             StepStats(
                 seconds=seconds,
                 times=result.times,
-                num_requests=len(self._shares),
+                num_requests=len(shares),
                 num_rows=result.num_rows,
                 draft_lengths=lengths,
+                draft_span=result.draft_span,
+                verify_span=result.verify_span,
             )
         )
         if self._speculation is None:
             return
         first_rows = num_passes = later_rows = 0
-        for share in self._shares:
+        for share in shares:
             num_drafts = share.num_draft_tokens
             if num_drafts and share.draft is not None and share.draft.drafter == "draft_model":
                 first_rows += share.draft.lag
@@ -871,12 +954,13 @@ class Scheduler:
             StepCost(
                 seconds,
                 result.times,
-                rows=sum([share.num_tokens for share in self._shares]) + draft_rows,
+                rows=sum([share.num_tokens for share in shares]) + draft_rows,
                 draft_rows=draft_rows,
                 num_accepted=sum([each.num_accepted for each in result.results]) if lengths else 0,
                 first_rows=first_rows,
                 num_passes=num_passes,
                 later_rows=later_rows,
+                drafting=flight.drafting,
             )
         )
 
@@ -897,10 +981,14 @@ class Scheduler:
             fewer = max(1, self.limits.max_num_batched_tokens // 2)
             self.limits = replace(self.limits, max_num_batched_tokens=fewer)
             self._cautious_until_s = now_s + CAUTIOUS_S
-        for share in self._shares:
-            share.running.strikes += 1
+        for flight in self._flights:
+            for share in flight.shares:
+                share.running.strikes += 1
+                share.running.in_flight = False
+        self._flights.clear()
+        self._ends_in_flight.clear()
         seated = [each for each in self._requests.values() if each.state is not State.WAITING]
-        self._shares, self._running, self._finished, self._blocked = [], [], [], None
+        self._running, self._finished, self._blocked = [], [], None
         self.transfers.lose_all()
         self._pool = self._pool.emptied(num_blocks)
         deltas = []
@@ -908,7 +996,6 @@ class Scheduler:
             was_fetching = running.state is State.FETCHING
             running.transfer = None
             running.lose_blocks()
-            running.stop_clock(self._times)
             running.events.append((Event.PREEMPTED, now_s))
             self._wait(running)
             why = self._why_not_again(running, was_fetching=was_fetching)
@@ -1002,15 +1089,18 @@ class Scheduler:
 
     def _release(self, running: RunningRequest, *, reason: str | None = None) -> None:
         """Free its blocks, the last first: heads of prefixes are of most use to others. Those in the
-        links' hands are freed when these say so."""
+        links' hands are freed when these say so, those that a step writes when it is answered."""
+        if running.announced:
+            self._finished.append(running.request_id)
+            running.announced = False
+        if running.in_flight:
+            return
         blocks = [block for block in reversed(running.blocks) if block != GONE]
         if running.transfer is None:
             self._pool.release(blocks)
         else:
             self.transfers.keep(running.transfer, blocks, reason=reason)
             running.transfer = None
-        if running.announced:
-            self._finished.append(running.request_id)
         running.lose_blocks()
 
     # ----------------------------------------------------------------------------- coming and going
@@ -1040,7 +1130,6 @@ class Scheduler:
     def _preempt(self, running: RunningRequest, *, now_s: float) -> None:
         assert len(self._running) > 1, f"{running.request_id} runs alone and lacks blocks"
         self._running.remove(running)
-        running.stop_clock(self._times)
         running.events.append((Event.PREEMPTED, now_s))
         self._totals["preemptions"] += 1
         logger.debug("a request is preempted", extra={"request_id": running.request_id})
@@ -1056,7 +1145,6 @@ class Scheduler:
         if running.state is not State.WAITING:
             self._release(running, reason=reason)
         running.state = State.FINISHED
-        running.stop_clock(self._times)
         running.events.append((Event.FINISHED, now_s))
         del self._requests[running.request_id]
 
@@ -1073,6 +1161,7 @@ def make_scheduler(config: EngineConfig, *, max_model_len: int, num_blocks: int)
         sink_tokens=config.kv_sink_tokens,
         window=config.kv_window,
         priority_ageing_s=config.priority_ageing_s,
+        plans_in_flight=config.plans_in_flight,
         num_slots=0
         if config.kv_transfer_config is None
         else config.kv_transfer_config.max_transfers,

@@ -26,7 +26,7 @@ import zmq
 from paceline import LLM, SamplingParams
 from paceline.runtime import engine as engine_module
 from paceline.runtime import engine_loop, link
-from paceline.runtime.config import make_config
+from paceline.runtime.config import EngineConfig, make_config
 from paceline.runtime.engine import MOST_IN_VAIN, Engine
 from paceline.runtime.engine_loop import run_engine
 from paceline.runtime.errors import EngineError, ShardError, UserError
@@ -68,11 +68,15 @@ class Counting:
         self._next: dict[str, int] = {}
         self._unread: dict[str, int] = {}
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def send(self, plan: StepPlan) -> None:
+        self._sent = plan
+
+    def receive(self) -> StepResult:
         self.num_steps += 1
         if self.failure is not None:
             raise self.failure
         time.sleep(self.pause_s)
+        plan = self._sent
         return StepResult(step=plan.step, results=tuple(self._result(s) for s in plan.scheduled))
 
     def _result(self, scheduled: ScheduledRequest) -> RequestResult:
@@ -531,7 +535,10 @@ def test_ranks_that_end_again_and_again_are_given_up(served: Served) -> None:
 
 
 def test_an_engine_whose_own_rank_cannot_be_loaded_again_can_still_be_closed() -> None:
-    made: list[Any] = [SimpleNamespace(num_blocks=1, facts=lambda: "", close=lambda: None)]
+    worker = SimpleNamespace(
+        config=EngineConfig(), num_blocks=1, facts=lambda: "", close=lambda: None
+    )
+    made: list[Any] = [worker]
     alone = InProcess(lambda: made.pop())
     alone.end_ranks()
     with pytest.raises(IndexError):

@@ -157,6 +157,11 @@ def serve(receiver: PlanReceiver, *, result: StepResult | None = RESULT) -> list
     return plans
 
 
+def carry_out(sender: PlanSender, *, timeout_s: float, plan: StepPlan = PLAN) -> StepResult:
+    sender.send(plan)
+    return sender.receive(timeout_s=timeout_s)
+
+
 def listen(receiver: PlanReceiver) -> None:
     """As `serve`, but answering nothing, as ranks above 0 do."""
     serve(receiver, result=None)
@@ -239,7 +244,7 @@ def test_every_rank_gets_the_plan_and_rank_0_s_result_comes_back(ranks: Ranks) -
         lambda receiver: plans.append(serve(receiver, result=None)),
     )
     sender.wait_for_ranks(timeout_s=LONG_S)
-    assert sender.step(PLAN, timeout_s=LONG_S) == RESULT
+    assert carry_out(sender, timeout_s=LONG_S) == RESULT
     sender.close()
     ranks.join()
     assert plans == [[PLAN], [PLAN]]
@@ -264,7 +269,7 @@ def test_only_rank_0_s_result_counts(ranks: Ranks) -> None:
 
     ranks.start(rank_0, rank_1)
     sender.wait_for_ranks(timeout_s=LONG_S)
-    assert sender.step(PLAN, timeout_s=LONG_S) == RESULT
+    assert carry_out(sender, timeout_s=LONG_S) == RESULT
 
 
 def test_result_of_an_earlier_step_is_passed_over(ranks: Ranks) -> None:
@@ -278,7 +283,34 @@ def test_result_of_an_earlier_step_is_passed_over(ranks: Ranks) -> None:
 
     ranks.start(rank_0)
     sender.wait_for_ranks(timeout_s=LONG_S)
-    assert sender.step(PLAN, timeout_s=LONG_S) == RESULT
+    assert carry_out(sender, timeout_s=LONG_S) == RESULT
+
+
+def test_results_of_plans_sent_together_come_in_their_order(ranks: Ranks) -> None:
+    sender = ranks.sender(num_ranks=1)
+    both = threading.Event()
+
+    def rank_0(receiver: PlanReceiver) -> None:
+        """Drafts for one plan while another is verified: the answers come from another thread."""
+        receiver.ready("ready", num_blocks=8)
+        steps = [plan.step for _ in range(2) if (plan := receiver.receive(alive=lambda: True))]
+        both.set()
+
+        def verify() -> None:
+            for step in steps:
+                receiver.answer(StepResult(step=step))
+
+        thread = threading.Thread(target=verify)
+        thread.start()
+        assert receiver.receive(alive=lambda: True) is None
+        thread.join(LONG_S)
+
+    ranks.start(rank_0)
+    sender.wait_for_ranks(timeout_s=LONG_S)
+    for step in (3, 4):
+        sender.send(msgspec.structs.replace(PLAN, step=step))
+    assert both.wait(LONG_S), "the second plan is there before the first is answered"
+    assert [sender.receive(timeout_s=LONG_S).step for _ in range(2)] == [3, 4]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -290,7 +322,7 @@ def test_failure_of_any_rank_ends_the_step_and_names_it(ranks: Ranks, failing: i
     ranks.start(*lives)
     sender.wait_for_ranks(timeout_s=LONG_S)
     with pytest.raises(ShardError) as raised:
-        sender.step(PLAN, timeout_s=LONG_S)
+        carry_out(sender, timeout_s=LONG_S)
     assert str(raised.value) == f"rank {failing}: RuntimeError: out of memory"
 
 
@@ -299,7 +331,7 @@ def test_step_without_an_answer_ends_at_its_deadline(ranks: Ranks) -> None:
     ranks.start(listen)
     sender.wait_for_ranks(timeout_s=LONG_S)
     with pytest.raises(DeadlineError, match="waited too long for step 3"):
-        sender.step(PLAN, timeout_s=0.02)
+        carry_out(sender, timeout_s=0.02)
 
 
 def test_rank_that_dies_in_a_step_is_named(ranks: Ranks) -> None:
@@ -308,7 +340,7 @@ def test_rank_that_dies_in_a_step_is_named(ranks: Ranks) -> None:
     sender.wait_for_ranks(timeout_s=LONG_S)
     ranks.died = "rank 1 ended with exit code -9"
     with pytest.raises(ShardError, match="exit code -9 while waiting for step 3"):
-        sender.step(PLAN, timeout_s=LONG_S)
+        carry_out(sender, timeout_s=LONG_S)
 
 
 def test_plan_for_a_rank_that_is_not_there_raises_a_shard_error_that_names_it(
@@ -316,7 +348,7 @@ def test_plan_for_a_rank_that_is_not_there_raises_a_shard_error_that_names_it(
 ) -> None:
     sender = ranks.sender(num_ranks=1)
     with pytest.raises(ShardError, match="rank 0"):
-        sender.step(PLAN, timeout_s=LONG_S)
+        carry_out(sender, timeout_s=LONG_S)
 
 
 def test_rank_that_starts_again_in_the_middle_of_a_step_is_noticed(ranks: Ranks) -> None:
@@ -330,7 +362,7 @@ def test_rank_that_starts_again_in_the_middle_of_a_step_is_noticed(ranks: Ranks)
     ranks.start(restarting)
     sender.wait_for_ranks(timeout_s=LONG_S)
     with pytest.raises(ShardError, match="rank 0 started again in the middle of a step"):
-        sender.step(PLAN, timeout_s=LONG_S)
+        carry_out(sender, timeout_s=LONG_S)
 
 
 def test_result_of_another_version_is_refused(ranks: Ranks) -> None:
@@ -339,7 +371,7 @@ def test_result_of_another_version_is_refused(ranks: Ranks) -> None:
     ranks.start(lambda receiver: serve(receiver, result=newer))
     sender.wait_for_ranks(timeout_s=LONG_S)
     with pytest.raises(ShardError, match="mixed installations"):
-        sender.step(PLAN, timeout_s=LONG_S)
+        carry_out(sender, timeout_s=LONG_S)
 
 
 def test_plan_of_another_version_is_refused_by_the_rank(ranks: Ranks) -> None:
@@ -356,7 +388,8 @@ def test_plan_of_another_version_is_refused_by_the_rank(ranks: Ranks) -> None:
 
     ranks.start(rank_0)
     sender.wait_for_ranks(timeout_s=LONG_S)
-    sender.step(msgspec.structs.replace(PLAN, version=WIRE_VERSION + 1), timeout_s=LONG_S)
+    newer = msgspec.structs.replace(PLAN, version=WIRE_VERSION + 1)
+    carry_out(sender, plan=newer, timeout_s=LONG_S)
     ranks.join()
     assert len(refused) == 1
 
@@ -373,8 +406,9 @@ def test_a_step_that_hangs_is_found_and_the_stacks_of_all_ranks_are_logged(
     ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
     executor = ranks.executor(step_timeout_s=0.02)
+    executor.send(PLAN)
     with pytest.raises(ShardError, match="step 3: the stacks of all ranks are in the log"):
-        executor.step(PLAN)
+        executor.receive()
     assert "rank 0 hangs:\nin the middle of something" in caplog.text
 
 

@@ -47,6 +47,8 @@ GENERATE_FLAGS = [
     "--kv-sink-tokens",
     "--kv-window",
     "--priority-ageing-s",
+    "--async-scheduling",
+    "--no-async-scheduling",
     "--seed",
     "--speculative-config",
     "--kv-transfer-config",
@@ -289,6 +291,22 @@ def test_drafting_without_a_model_needs_no_rank() -> None:
     spec = SpeculativeConfig(method="ngram", draft_tensor_parallel_size=4)
     config = EngineConfig(tensor_parallel_size=2, speculative_config=spec)
     assert (config.draft_size, config.world_size) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "plans", "interleaved"),
+    [
+        ({}, 1, False),
+        ({"async_scheduling": True}, 2, False),
+        ({"speculative_config": {}}, 1, False),
+        ({"speculative_config": {"schedule": "interleaved"}}, 2, True),
+    ],
+)
+def test_a_second_plan_is_in_flight_where_that_is_wanted(
+    settings: dict[str, Any], plans: int, interleaved: bool
+) -> None:
+    config = make_config(settings)
+    assert (config.plans_in_flight, config.interleaved) == (plans, interleaved)
 
 
 def test_config_cannot_be_changed() -> None:

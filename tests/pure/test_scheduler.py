@@ -7,6 +7,7 @@ so a block that is handed out too early, shared wrongly or found under a wrong h
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,7 @@ def make(
     num_blocks: int = 64,
     rows: int = 16,
     seats: int = 8,
+    flights: int = 1,
     drafts: int = 0,
     method: Any = "draft_model",
     clock: Callable[[], float] | None = None,
@@ -69,6 +71,7 @@ def make(
             max_model_len=more.pop("max_model_len", 4096),
             max_num_batched_tokens=rows,
             max_num_seqs=seats,
+            plans_in_flight=flights,
             block_size=BLOCK,
             sink_tokens=SINKS,
             window=WINDOW,
@@ -141,8 +144,17 @@ class Known:
         return hash(tuple(self.token_ids[: position + 1]))
 
 
+@dataclass
+class Drafted:
+    """A plan between its stages, with who takes part: a request of the same name may come meanwhile."""
+
+    plan: StepPlan
+    known: list[Known]
+
+
 class FakeWorker:
-    """Carries out plans, and checks that a worker could."""
+    """Carries out plans, and checks that a worker could. The drafter's slots are its first stage's, the
+    target's its second's: a later plan's first may come before an earlier one's second."""
 
     def __init__(self, *, rows: int, seed: int = 0) -> None:
         self.rows = rows
@@ -155,28 +167,43 @@ class FakeWorker:
         self.drafted = 0
 
     def step(self, plan: StepPlan) -> StepResult:
+        return self.verify(self.draft(plan))
+
+    def draft(self, plan: StepPlan) -> Drafted:
         for request_id in plan.finished:
             del self.known[request_id]
         assert sum(each.num_tokens + each.num_draft_tokens for each in plan.scheduled) <= self.rows
         assert len({each.request_id for each in plan.scheduled}) == len(plan.scheduled)
         for each in plan.scheduled:
             self._hear(each)
-        # all that a step writes is there before anything is read
+        drafted = Drafted(plan, [self.known[each.request_id] for each in plan.scheduled])
+        # all that a stage writes is there before anything is read
         writes: dict[tuple[int, int], int] = {}
-        draft_writes: dict[tuple[int, int], int] = {}
-        for each in plan.scheduled:
-            known = self.known[each.request_id]
+        reading = [
+            (known, known.seen + each.num_tokens)
+            for each, known in zip(plan.scheduled, drafted.known, strict=True)
+            if self._model_reads(each)
+        ]
+        for known, end in reading:
+            self._write(writes, known, known.draft_exact, end)
+        self.drafter |= writes
+        for known, end in reading:
+            self._see(self.drafter, known, known.draft_exact, end)
+            known.draft_exact = end
+        return drafted
+
+    def verify(self, drafted: Drafted) -> StepResult:
+        plan = drafted.plan
+        writes: dict[tuple[int, int], int] = {}
+        for each, known in zip(plan.scheduled, drafted.known, strict=True):
             end = known.seen + each.num_tokens
             self._write(writes, known, known.seen, end)
             for position in range(end, end + each.num_draft_tokens):
                 slot = self._slot(known, position)
                 assert slot not in writes, f"two requests write slot {slot}"
                 writes[slot] = self.chance.getrandbits(40)
-            if self._model_reads(each):
-                self._write(draft_writes, known, known.draft_exact, end)
         self.target |= writes
-        self.drafter |= draft_writes
-        results = tuple([self._answer(each) for each in plan.scheduled])
+        results = tuple(map(self._answer, plan.scheduled, drafted.known))
         times = StageTimes(calibrate_ms=0.1, draft_ms=0.2, verify_ms=0.3)
         return StepResult(step=plan.step, results=results, times=times, num_rows=1)
 
@@ -227,14 +254,10 @@ class FakeWorker:
                 f"{known.request.request_id}: position {position} of {end} holds another's KV"
             )
 
-    def _answer(self, each: ScheduledRequest) -> RequestResult:
-        known = self.known[each.request_id]
+    def _answer(self, each: ScheduledRequest, known: Known) -> RequestResult:
         request, start = known.request, known.seen
         known.seen += each.num_tokens
         self._see(self.target, known, start, known.seen)
-        if self._model_reads(each):
-            self._see(self.drafter, known, known.draft_exact, known.seen)
-            known.draft_exact = known.seen
         logprobs = tuple(
             TokenLogprobs(token_id=token_id, logprob=-1.0, rank=1)
             for token_id in request.prompt_token_ids[start + 1 : known.seen + 1]
@@ -301,6 +324,8 @@ class Run:
         self.worker = FakeWorker(rows=scheduler.limits.max_num_batched_tokens, seed=seed)
         self.heard: dict[str, Heard] = {}
         self.plans: list[StepPlan] = []
+        self.in_flight: deque[Drafted | StepPlan] = deque()
+        """Plans that are to be answered, and how far each is."""
 
     def add(self, *requests: Request) -> None:
         for request in requests:
@@ -313,23 +338,50 @@ class Run:
             self.heard[request_id].hear(delta)
 
     def step(self, *, abort: str | None = None) -> StepPlan:
+        """As many plans as may be in flight, and the earliest answered."""
+        while self.scheduler.may_plan and self.send():
+            pass
+        if abort is not None:
+            self.abort(abort)
+        return self.receive() if self.in_flight else self.plans[-1]
+
+    def send(self) -> bool:
+        """Plan a step; whether there is anything in it."""
         preemptions = self.scheduler._totals["preemptions"]
         plan = self.scheduler.schedule()
         self.scheduler.check()
         if self.scheduler._totals["preemptions"] > preemptions:
             assert not any(each.request for each in plan.scheduled), "one goes and another comes"
         self.plans.append(plan)
-        result = self.worker.step(plan)
-        if abort is not None:
-            self.abort(abort)
-        for delta in self.scheduler.update(plan, result):
+        busy = bool(plan.scheduled or plan.finished)
+        if busy:
+            self.in_flight.append(plan)
+        return busy
+
+    def draft(self) -> None:
+        """The first stage of the earliest plan that has not had it; of the next one it must wait until
+        the last but one is answered."""
+        for index, plan in enumerate(self.in_flight):
+            if isinstance(plan, StepPlan):
+                self.in_flight[index] = self.worker.draft(plan)
+                return
+
+    def receive(self) -> StepPlan:
+        """The earliest plan's end."""
+        if isinstance(self.in_flight[0], StepPlan):
+            self.draft()
+        drafted = self.in_flight.popleft()
+        assert isinstance(drafted, Drafted)
+        for delta in self.scheduler.update(drafted.plan, self.worker.verify(drafted)):
             self.heard[delta.request_id].hear(delta)
         self.scheduler.check()
-        return plan
+        return drafted.plan
 
     def crash(self, *, out_of_memory: bool = False) -> None:
-        """A step is planned, and the ranks end in it; others take their place."""
-        self.scheduler.schedule()
+        """Steps are planned, and the ranks end in them; others take their place."""
+        while self.scheduler.may_plan and self.send():
+            pass
+        self.in_flight.clear()
         self.worker.known.clear()
         self.worker.target.clear()
         self.worker.drafter.clear()
@@ -856,19 +908,19 @@ def test_a_windows_blocks_wait_for_the_drafter_but_not_forever() -> None:
     assert run.worker.drafted > 10
     behind = Run(make(num_blocks=12, drafts=2))
     behind.add(window_request(prompt=5, max_tokens=100))
-    worker_step = behind.worker.step
+    verify = behind.worker.verify
 
-    def never_exact(plan: StepPlan) -> StepResult:
-        result = worker_step(plan)
+    def never_exact(drafted: Drafted) -> StepResult:
+        result = verify(drafted)
         for known in behind.worker.known.values():
             known.draft_exact = 0
         results = [
             RequestResult(request_id=each.request_id, token_ids=each.token_ids)
             for each in result.results
         ]
-        return StepResult(step=plan.step, results=tuple(results))
+        return StepResult(step=drafted.plan.step, results=tuple(results))
 
-    behind.worker.step = never_exact  # type: ignore[method-assign]
+    behind.worker.verify = never_exact  # type: ignore[method-assign]
     behind.worker._see = lambda *_: None  # type: ignore[method-assign]
     for _ in range(30):
         behind.step()
@@ -959,7 +1011,7 @@ def test_a_drafter_has_never_read_its_own_last_draft() -> None:
     answer(scheduler, 1)
     for emitted, lag in (((1, 2, 3, 4, 5), 2), ((1, 2), 1), ((1,), 1)):
         answer(scheduler, *emitted)
-        scheduler._choose_drafts()
+        scheduler._choose_drafts(scheduler._running)
         (running,) = scheduler._running
         assert running.draft is not None
         assert running.draft.lag == lag
@@ -1097,6 +1149,7 @@ class AnyHistory(RuleBasedStateMachine):
         num_blocks=st.integers(8, 40),
         rows=st.integers(1, 24),
         seats=st.integers(1, 6),
+        flights=st.sampled_from([1, 2, 2, 3]),
         drafts=st.integers(0, 4),
         method=st.sampled_from(["draft_model", "ngram", "combined"]),
         adaptive=st.booleans(),
@@ -1108,6 +1161,7 @@ class AnyHistory(RuleBasedStateMachine):
         num_blocks: int,
         rows: int,
         seats: int,
+        flights: int,
         drafts: int,
         method: str,
         adaptive: bool,
@@ -1119,6 +1173,7 @@ class AnyHistory(RuleBasedStateMachine):
                 num_blocks=num_blocks,
                 rows=rows,
                 seats=seats,
+                flights=flights,
                 drafts=drafts,
                 method=method,
                 adaptive=adaptive,
@@ -1157,6 +1212,20 @@ class AnyHistory(RuleBasedStateMachine):
     def abort_while_a_step_runs(self, data: st.DataObject) -> None:
         self.run_.step(abort=data.draw(st.sampled_from(sorted(self.run_.heard))))
 
+    @precondition(lambda self: self.run_.scheduler.may_plan)
+    @rule()
+    def send(self) -> None:
+        self.run_.send()
+
+    @rule()
+    def draft(self) -> None:
+        self.run_.draft()
+
+    @precondition(lambda self: self.run_.in_flight)
+    @rule()
+    def receive(self) -> None:
+        self.run_.receive()
+
     @rule(out_of_memory=st.booleans())
     def crash(self, out_of_memory: bool) -> None:
         self.run_.crash(out_of_memory=out_of_memory)
@@ -1180,13 +1249,14 @@ TestAnyHistory.settings = settings(max_examples=150, stateful_step_count=25, dea
     data=st.data(),
     num_blocks=st.integers(8, 14),
     rows=st.integers(1, 12),
+    flights=st.integers(1, 2),
     drafts=st.integers(0, 4),
     count=st.integers(2, 6),
 )
 def test_requests_that_fight_for_blocks_all_finish(
-    data: st.DataObject, num_blocks: int, rows: int, drafts: int, count: int
+    data: st.DataObject, num_blocks: int, rows: int, flights: int, drafts: int, count: int
 ) -> None:
-    run = Run(make(num_blocks=num_blocks, rows=rows, drafts=drafts))
+    run = Run(make(num_blocks=num_blocks, rows=rows, flights=flights, drafts=drafts))
     for index in range(count):
         run.add(data.draw(requests(f"r{index}", most_tokens=min(48, num_blocks * BLOCK))))
     run.finish()

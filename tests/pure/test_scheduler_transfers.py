@@ -73,14 +73,20 @@ class Pair:
         self.decode.add(request)
 
     def step(self, run: Run) -> None:
-        plan = run.scheduler.schedule()
+        """As many plans as may be in flight, and the earliest answered."""
+        while self.send(run):
+            pass
+        self.receive(run)
+
+    def send(self, run: Run) -> bool:
+        sent = run.scheduler.may_plan and run.send()
         self.obey(run)
-        run.scheduler.check()
-        if plan.scheduled or plan.finished:
-            result = run.worker.step(plan)
-            self.hear(run, run.scheduler.update(plan, result))
+        return sent
+
+    def receive(self, run: Run) -> None:
+        if run.in_flight:
+            run.receive()
         self.obey(run)
-        run.scheduler.check()
 
     def abort(self, request_id: str) -> None:
         for run in (self.prefill, self.decode):
@@ -164,6 +170,12 @@ class Pair:
             self.decode.worker.target[to] = -1
             self.decode.worker.drafter[to] = -1
 
+    def flush(self) -> None:
+        """Every plan is answered."""
+        for run in (self.prefill, self.decode):
+            while run.in_flight:
+                self.receive(run)
+
     def end_consumer(self, transfer_id: str, *, error: str | None = None) -> None:
         link = self.links[transfer_id]
         link.consumer_ended = True
@@ -192,6 +204,7 @@ class Pair:
                     self.end_producer(transfer_id, error="lease expired")
             if all(not run.scheduler._requests for run in (self.prefill, self.decode)):
                 break
+        self.flush()
         for transfer_id, link in self.links.items():
             if link.offer is not None and not link.producer_ended:
                 self.end_producer(transfer_id, error="lease expired")
@@ -439,6 +452,7 @@ def test_any_history_of_transfers_leaves_texts_whole_and_blocks_free(data: st.Da
     chance = random.Random(draw(st.integers(0, 10_000)))
     size = {"num_blocks": draw(st.integers(10, 40)), "rows": draw(st.integers(2, 24))}
     both = pair(
+        flights=draw(st.sampled_from([1, 2, 2])),
         drafts=draw(st.sampled_from([0, 0, 3])),
         seats=draw(st.integers(1, 6)),
         adaptive=draw(st.booleans()),
@@ -448,7 +462,7 @@ def test_any_history_of_transfers_leaves_texts_whole_and_blocks_free(data: st.Da
     shared = tuple(range(100, 112))
     count = 0
     for _ in range(draw(st.integers(5, 40))):
-        act = chance.randrange(7)
+        act = chance.randrange(10)
         if act == 0 and count < 12:
             tail = tuple(chance.randrange(7) for _ in range(chance.randint(1, 14)))
             head = shared[: chance.choice([0, 4, 8, 12])]
@@ -470,6 +484,9 @@ def test_any_history_of_transfers_leaves_texts_whole_and_blocks_free(data: st.Da
             both.step(both.prefill)
         elif act == 3:
             both.step(both.decode)
+        elif act in (7, 8, 9):
+            run = both.prefill if chance.random() < 0.5 else both.decode
+            {7: both.send, 8: lambda each: each.draft(), 9: both.receive}[act](run)
         elif act in (4, 5) and both.links:
             both.carry(chance.choice(sorted(both.links)), chance)
         elif act == 6 and both.links and chance.random() < 0.3:

@@ -105,6 +105,32 @@ def test_texts_go_on_when_a_rank_is_killed(engine: Any) -> None:
     assert sweep() == 0, "nothing is left in shared memory"
 
 
+def test_interleaved_texts_are_the_targets_own_and_go_on_when_a_rank_is_killed(
+    engine: Any,
+) -> None:
+    """Two plans are in flight, and the text is that of one rank without drafts."""
+    alone: Engine = engine(
+        tensor_parallel_size=1, distributed_executor_backend="uni", speculative_config=None
+    )
+    expected = texts(alone, asks(5, max_tokens=30))
+    drafts = {"num_speculative_tokens": 3, "draft_length": "fixed", "layer_parallel_size": 2}
+    drafts["model"] = alone.executor._worker.config.model  # type: ignore[attr-defined]
+    served: Engine = engine(speculative_config={"schedule": "interleaved", **drafts})
+    assert texts(served, asks(5, max_tokens=30)) == expected
+    status = served.status()
+    assert status.drafted > 0
+    assert all("while drafting" in rank for rank in status.ranks), "with collectives of its own"
+    killed = ranks_of(served)[1]
+
+    def kill() -> None:
+        assert served._in_flight, "a plan is in flight while the last one's tokens are passed on"
+        killed.kill()
+
+    assert texts(served, asks(5, max_tokens=30), then=kill) == expected
+    assert served.status().num_restarts == 1
+    assert sweep() == 0, "nothing is left in shared memory"
+
+
 def test_a_rank_that_hangs_is_found_and_the_stacks_of_all_are_logged(
     engine: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,239 @@
+"""Two plans on a rank at once: every text is what it is without, and each stage keeps its turn."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from paceline import LLM, SamplingParams
+from paceline.runtime.pipeline import Pipeline
+from paceline.runtime.requests import Prompt, TokensPrompt
+from paceline.runtime.types import StepPlan, StepResult, StepStats
+
+SOON_S = 30.0
+SHARED = [(7 * i * i + i) % 61 for i in range(40)]
+PROMPTS: list[Prompt] = [
+    TokensPrompt(prompt_token_ids=prompt)
+    for prompt in ([3, 1, 4, 1, 5], [9, 2, 6], [*SHARED, 1], [*SHARED, 2], [7, 7, 8, 7, 7, 8, 7])
+]
+PARAMS = [
+    SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
+    SamplingParams(temperature=0.9, max_tokens=30, ignore_eos=True, seed=1),
+    SamplingParams(temperature=0.8, top_p=0.9, max_tokens=17, repetition_penalty=1.2, seed=2),
+    SamplingParams(temperature=0.0, max_tokens=20, presence_penalty=0.6, logprobs=1),
+    SamplingParams(temperature=0.7, max_tokens=28, kv_policy="sink_window", seed=3),
+]
+
+
+@pytest.fixture(scope="module")
+def open_llm(tiny: Callable[..., Path]) -> Callable[..., LLM]:
+    """`open_llm(speculative, **engine)`: a target, and a drafter that often agrees with it."""
+    target, drafter = str(tiny(seed=0)), str(tiny(seed=0, noise=0.03))
+
+    def start(speculative: dict[str, Any] | None, **engine: Any) -> LLM:
+        given = None
+        if speculative is not None:
+            fixed = {"num_speculative_tokens": 4, "draft_length": "fixed", "dtype": "float32"}
+            given = {"model": drafter, "layer_parallel_size": 2, **fixed, **speculative}
+        return LLM(target, dtype="float32", speculative_config=given, kv_window=16, **engine)
+
+    return start
+
+
+def write(llm: LLM) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS)]
+
+
+@pytest.fixture(scope="module")
+def plain(open_llm: Callable[..., LLM]) -> list[list[int]]:
+    with open_llm(None) as llm:
+        return write(llm)
+
+
+# ------------------------------------------------------------------------------------------- texts
+
+
+@pytest.mark.parametrize("method", ["draft_model", "ngram", "combined"])
+def test_interleaved_texts_are_the_targets_own(
+    open_llm: Callable[..., LLM], plain: list[list[int]], method: str
+) -> None:
+    with open_llm({"schedule": "interleaved", "method": method}) as llm:
+        assert write(llm) == plain
+        assert llm.status().drafted > 0
+
+
+@pytest.mark.parametrize("speculative", [None, {}], ids=["plain", "drafted"])
+def test_texts_planned_ahead_are_the_same(
+    open_llm: Callable[..., LLM], plain: list[list[int]], speculative: dict[str, Any] | None
+) -> None:
+    with open_llm(speculative, async_scheduling=True) as llm:
+        assert write(llm) == plain
+
+
+def test_preempted_texts_and_shared_prefixes_are_the_same_when_interleaved(
+    open_llm: Callable[..., LLM],
+) -> None:
+    """In a pool of eight blocks, where each text comes to need six."""
+    prompts: list[Prompt] = [TokensPrompt(prompt_token_ids=[*SHARED[:20], i]) for i in range(6)]
+    params = [
+        SamplingParams(temperature=0.9 * (i % 2), max_tokens=70, ignore_eos=True, seed=i)
+        for i in range(6)
+    ]
+    small = {"max_model_len": 96, "kv_cache_memory": 220_000, "max_num_batched_tokens": 32}
+    found = []
+    for speculative, engine in ((None, {}), ({"schedule": "interleaved"}, small)):
+        with open_llm(speculative, **engine) as llm:
+            outputs = llm.generate(prompts, params)
+            found.append([output.outputs[0].token_ids for output in outputs])
+            status = llm.status()
+    assert found[0] == found[1]
+    assert status.num_blocks == 8
+    assert status.num_preemptions > 0
+    assert status.prefix_hits > 0
+    assert status.num_free_blocks == status.num_blocks
+
+
+def test_requests_left_early_are_let_go_and_the_others_go_on(
+    open_llm: Callable[..., LLM], plain: list[list[int]]
+) -> None:
+    with open_llm({"schedule": "interleaved"}) as llm:
+        for _ in range(3):
+            next(iter(llm.stream(llm.jobs(PROMPTS, PARAMS))))
+        assert write(llm) == plain
+        llm.generate(PROMPTS[:1], PARAMS[0])
+        status = llm.status()
+        assert status.num_free_blocks == status.num_blocks
+
+
+def test_greedy_texts_under_the_rejection_rule_are_the_same_when_interleaved(
+    open_llm: Callable[..., LLM],
+) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    found = []
+    for schedule in ("lockstep", "interleaved"):
+        with open_llm({"schedule": schedule, "verification": "rejection"}) as llm:
+            outputs = llm.generate(PROMPTS, params)
+            found.append([output.outputs[0].token_ids for output in outputs])
+    assert found[0] == found[1]
+
+
+# ------------------------------------------------------------------------------------- the time line
+
+
+def spans(steps: tuple[StepStats, ...]) -> list[tuple[float, float, float, float]]:
+    """Of steps that did anything: when drafting began and ended, and verification."""
+    return [
+        (*step.draft_span, *step.verify_span)
+        for step in steps
+        if step.draft_span is not None and step.verify_span is not None
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "interleaved"])
+def test_steps_tell_when_their_stages_were(open_llm: Callable[..., LLM], schedule: str) -> None:
+    with open_llm({"schedule": schedule}) as llm:
+        write(llm)
+        line = spans(llm.status().steps)
+    assert len(line) > 10
+    for drafted, draft_end, verified, verify_end in line:
+        assert drafted <= draft_end <= verified <= verify_end
+    for earlier, later in pairwise(line):
+        assert earlier[1] <= later[0], "one drafts at a time"
+        assert earlier[3] <= later[2], "one is verified at a time"
+    overlaps = sum(later[0] < earlier[3] for earlier, later in pairwise(line))
+    assert bool(overlaps) == (schedule == "interleaved")
+
+
+# --------------------------------------------------------------------------------------- the stages
+
+
+class SlowWorker:
+    """Notes which stage of which plan begins and ends; a stage lasts until it is let go on."""
+
+    mesh = SimpleNamespace(device=torch.device("cpu"))
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.go_on = {stage: threading.Semaphore(0) for stage in ("draft", "verify")}
+        self.news = threading.Condition()
+
+    def draft(self, plan: StepPlan) -> Any:
+        self._stage("draft", plan.step)
+        if plan.shutdown:
+            raise ValueError("no draft")
+        return SimpleNamespace(step=plan.step)
+
+    def verify(self, drafted: Any) -> StepResult:
+        self._stage("verify", drafted.step)
+        return StepResult(step=drafted.step)
+
+    def _stage(self, stage: str, step: int) -> None:
+        self._tell(f"{stage} {step}")
+        assert self.go_on[stage].acquire(timeout=SOON_S)
+        self._tell(f"{stage} {step} is over")
+
+    def _tell(self, what: str) -> None:
+        with self.news:
+            self.told.append(what)
+            self.news.notify_all()
+
+    def wait_for(self, *what: str) -> None:
+        with self.news:
+            assert self.news.wait_for(lambda: set(what) <= set(self.told), SOON_S), self.told
+
+
+@pytest.fixture
+def slow() -> Any:
+    worker = SlowWorker()
+    pipeline = Pipeline(worker)  # type: ignore[arg-type]
+    yield worker, pipeline
+    for semaphore in worker.go_on.values():
+        semaphore.release(10)
+    pipeline.close()
+
+
+def plans(pipeline: Pipeline, count: int, **more: Any) -> list[Future[StepResult]]:
+    return [pipeline.send(StepPlan(step=step, scheduled=(), **more)) for step in range(count)]
+
+
+def test_a_plan_drafts_while_the_one_before_it_is_verified(
+    slow: tuple[SlowWorker, Pipeline],
+) -> None:
+    worker, pipeline = slow
+    results = plans(pipeline, 2)
+    worker.go_on["draft"].release()
+    worker.wait_for("verify 0", "draft 1")
+    assert not any(result.done() for result in results)
+
+
+def test_no_plan_drafts_before_the_last_but_one_is_over(slow: tuple[SlowWorker, Pipeline]) -> None:
+    worker, pipeline = slow
+    plans(pipeline, 3)
+    worker.go_on["draft"].release(3)
+    worker.wait_for("verify 0", "draft 1 is over")
+    assert "draft 2" not in worker.told, "requests of plan 0 may be in it"
+    worker.go_on["verify"].release()
+    worker.wait_for("draft 2", "verify 1")
+
+
+@pytest.mark.parametrize("failing", [True, False])
+def test_what_a_stage_raises_is_the_plan_s_result(
+    slow: tuple[SlowWorker, Pipeline], failing: bool
+) -> None:
+    worker, pipeline = slow
+    (result,) = plans(pipeline, 1, shutdown=failing)
+    for semaphore in worker.go_on.values():
+        semaphore.release()
+    if failing:
+        with pytest.raises(ValueError, match="no draft"):
+            result.result(SOON_S)
+    else:
+        assert result.result(SOON_S) == StepResult(step=0)
