@@ -111,7 +111,7 @@ def _load_drafter(
     config: EngineConfig, mesh: Mesh, *, vocab_size: int
 ) -> tuple[Decoder | None, LayerParallel | None]:
     spec = config.speculative_config
-    if spec is None or spec.method == "ngram" or not mesh.draft.member:
+    if spec is None or not config.draft_size or not mesh.draft.member:
         return None, None
     folder = find_model(spec.model)
     arch = read_architecture(folder)

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 """Raised by one whenever a type below changes its meaning; both ends of a channel compare it."""
 
 
@@ -224,6 +224,8 @@ class ScheduledRequest(WireType, frozen=True, kw_only=True, omit_defaults=True):
     num_draft_tokens: Annotated[int, Meta(ge=0)] = 0
     drafter: DrafterName = "draft_model"
     """Who drafts, if anybody does."""
+    draft_token_ids: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    """The drafts themselves, where they were made ahead; `num_draft_tokens` is 0 then."""
     read_draft: bool = False
     """Whether the draft model reads the fed tokens too, so that its KV keeps up with the target's.
     What it has not read by the time it drafts it reads then."""
@@ -444,6 +446,19 @@ class StepStats(WireType, frozen=True, kw_only=True):
     num_rows: int
     draft_lengths: tuple[int, ...] = ()
     """Drafts chosen for each request that drafted."""
+    began_s: float = 0.0
+    """When it was planned, by the monotonic clock of the coordinator's host."""
+
+
+class DraftPass(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """One pass of a drafter that is ahead, for time lines and costs."""
+
+    began_s: float
+    """By the monotonic clock of its host, as is the next: that of the steps, where both are on one."""
+    ended_s: float
+    num_rows: int
+    num_drafts: int
+    """Requests that got a draft by it."""
 
 
 class KvLinks(WireType, frozen=True, kw_only=True):
@@ -504,6 +519,8 @@ class EngineStatus(WireType, frozen=True, kw_only=True):
     """Entry i counts the rounds in which the i-th draft was accepted."""
     steps: tuple[StepStats, ...] = ()
     """Those since the last status, the latest thousand at most."""
+    draft_passes: tuple[DraftPass, ...] = ()
+    """Those of a drafter that is ahead, likewise."""
     ranks: tuple[str, ...] = ()
     """What each rank said of itself when it had loaded."""
     waiting_tokens: int = 0

@@ -51,6 +51,7 @@ from paceline.runtime.schedule.draft_length import (
 from paceline.runtime.schedule.policy import make_policies
 from paceline.runtime.schedule.prefix import extend_hashes, root_hash
 from paceline.runtime.schedule.request import GONE, RunningRequest, State
+from paceline.runtime.schedule.tails import TailBook
 from paceline.runtime.schedule.transfers import TransferBook, TransferEnd
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.types import (
@@ -106,6 +107,10 @@ class Speculation:
     adaptive: bool = False
     lookup_min: int = 2
     lookup_max: int = 4
+    ahead: bool = False
+    """Whether drafts are made elsewhere, ahead of the text."""
+    max_ahead: int | None = None
+    """Most of them for a request; if not given, what a round that accepts all needs for the next."""
 
 
 @dataclass(slots=True)
@@ -144,6 +149,7 @@ class Scheduler:
         has_links = limits.num_slots > 0
         self._pool = BlockPool(limits.num_blocks, report=has_links)
         self.transfers = TransferBook(limits.num_slots)
+        self.tails = TailBook() if speculation is not None and speculation.ahead else None
         self._policies = make_policies(
             block_size=limits.block_size, sink_tokens=limits.sink_tokens, window=limits.window
         )
@@ -354,6 +360,9 @@ class Scheduler:
             # a round emits one token besides its drafts: more of them could never be used
             draft.room = running.num_prompt + running.request.max_tokens - length - 1
             draft.lag = length - max(running.draft_seen, running.draft_exact)
+            if self.tails is not None:
+                draft.room = min(draft.room, 0 if draft.tail is None else len(draft.tail))
+                draft.lag = 1  # whatever is read is read elsewhere
             drafting.append(draft)
         free_rows = self.limits.max_num_batched_tokens - num_rows
         if not drafting:
@@ -464,6 +473,7 @@ class Scheduler:
         return (
             draft is not None
             and draft.uses_model
+            and self.tails is None
             and draft.most > 0
             and (self._drafts.reads_prompts or draft.asked)
         )
@@ -513,12 +523,25 @@ class Scheduler:
                 continue
             running.state = State.RUNNING
             insort(self._running, running, key=lambda each: each.key)
+            self._draft_ahead(running)
             if running.request.produce is not None:
                 self._offer(running)
             num_tokens = self._fitting(running, num_tokens)
             assert num_tokens > 0, f"{running.request_id} was let in without room"
             free_rows -= num_tokens
             self._read(running, num_tokens)
+
+    def _draft_ahead(self, running: RunningRequest) -> None:
+        """Have drafts made for it as long as it runs, where they are made ahead."""
+        draft, spec = running.draft, self._speculation
+        if self.tails is None or draft is None or spec is None:
+            return
+        draft.tail = self.tails.open(
+            running.request,
+            running.token_ids,
+            # what is verified, the token that comes with it, and as much again while that goes on
+            num_ahead=spec.max_ahead or 2 * draft.most + 1,
+        )
 
     @property
     def _has_suspect(self) -> bool:
@@ -682,6 +705,9 @@ class Scheduler:
         num_drafts = share.num_draft_tokens
         drafter = draft.drafter if num_drafts and draft is not None else "draft_model"
         blocks = running.blocks
+        ready: tuple[int, ...] = ()
+        if num_drafts and draft is not None and draft.tail is not None:
+            ready, num_drafts = draft.tail.first(num_drafts), 0
         if running.announced:
             new_blocks = tuple(blocks[share.num_blocks :]) if len(blocks) > share.num_blocks else ()
             return ScheduledRequest(
@@ -689,6 +715,7 @@ class Scheduler:
                 num_tokens=share.num_tokens,
                 num_draft_tokens=num_drafts,
                 drafter=drafter,
+                draft_token_ids=ready,
                 read_draft=share.read_draft,
                 new_blocks=new_blocks,
             )
@@ -699,6 +726,7 @@ class Scheduler:
             num_tokens=share.num_tokens,
             num_draft_tokens=num_drafts,
             drafter=drafter,
+            draft_token_ids=ready,
             read_draft=share.read_draft,
             new_blocks=tuple(blocks),
             request=running.request,
@@ -763,6 +791,8 @@ class Scheduler:
         self._settle(running)
         num_accepted = min(each.num_accepted, len(token_ids))
         draft = running.draft
+        if draft is not None and draft.tail is not None:
+            draft.tail.commit()
         if draft is not None and draft.index is not None and end is None:
             index = draft.index
             index.extend(running.token_ids[len(index) :])
@@ -824,6 +854,7 @@ class Scheduler:
                 num_requests=len(self._shares),
                 num_rows=result.num_rows,
                 draft_lengths=lengths,
+                began_s=self._planned_s,
             )
         )
         if self._speculation is None:
@@ -831,8 +862,9 @@ class Scheduler:
         first_rows = num_passes = later_rows = 0
         for share in self._shares:
             num_drafts = share.num_draft_tokens
-            if num_drafts and share.draft is not None and share.draft.drafter == "draft_model":
-                first_rows += share.draft.lag
+            draft = share.draft if self.tails is None else None
+            if num_drafts and draft is not None and draft.drafter == "draft_model":
+                first_rows += draft.lag
                 num_passes = max(num_passes, num_drafts)
                 later_rows += num_drafts - 1
             elif share.read_draft:
@@ -877,6 +909,7 @@ class Scheduler:
         for running in seated:
             was_fetching = running.state is State.FETCHING
             running.transfer = None
+            self._stop_ahead(running)
             running.lose_blocks()
             running.stop_clock(self._times)
             running.events.append((Event.PREEMPTED, now_s))
@@ -981,7 +1014,14 @@ class Scheduler:
             running.transfer = None
         if running.announced:
             self._finished.append(running.request_id)
+        self._stop_ahead(running)
         running.lose_blocks()
+
+    def _stop_ahead(self, running: RunningRequest) -> None:
+        """No more drafts for one that runs no more."""
+        if self.tails is not None and running.draft is not None:
+            self.tails.close(running.request_id)
+            running.draft.tail = None
 
     # ----------------------------------------------------------------------------- coming and going
 
@@ -990,6 +1030,8 @@ class Scheduler:
         asked = request.num_draft_tokens
         if spec is None or asked == 0:
             return None
+        if spec.ahead and not self._policies[request.params.kv_policy].shares_prefixes:
+            return None  # a drafter that is ahead keeps whole texts
         index = None
         if spec.method != "draft_model":
             index = NgramIndex(
@@ -1056,6 +1098,8 @@ def make_scheduler(config: EngineConfig, *, max_model_len: int, num_blocks: int)
         adaptive=spec.draft_length == "adaptive",
         lookup_min=spec.prompt_lookup_min,
         lookup_max=spec.prompt_lookup_max,
+        ahead=config.drafts_ahead,
+        max_ahead=spec.max_tokens_ahead,
     )
     return Scheduler(limits, speculation=speculation)
 

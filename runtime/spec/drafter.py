@@ -19,6 +19,8 @@ class Ask:
 
     sequence: Sequence
     num_tokens: int
+    drafted: tuple[int, ...] = ()
+    """Drafts at the end of the sequence's tokens: there already, and not known to its sampling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
