@@ -26,7 +26,7 @@ from paceline.parallel.leftovers import sweep
 from paceline.parallel.rank import RankSpec
 from paceline.runtime import logs, stacks
 from paceline.runtime.ahead.channel import OrderSender
-from paceline.runtime.ahead.group import DraftGroup
+from paceline.runtime.ahead.group import DraftGroup, shared_cores
 from paceline.runtime.ahead.thread import DraftThread
 from paceline.runtime.channel import PlanSender, RankAddresses
 from paceline.runtime.config import EngineConfig
@@ -172,8 +172,7 @@ def _engine(config: EngineConfig, *, max_model_len: int) -> Engine:
     if config.num_ranks > count:
         raise PlacementError(
             f"{config.num_ranks} ranks need {config.num_ranks} {device} devices, this machine has {count}; lower "
-            "tensor_parallel_size or draft_tensor_parallel_size"
-            + (", or draft_ranks" if config.drafts_ahead else "")
+            f"tensor_parallel_size or {'draft_ranks' if config.drafts_ahead else 'draft_tensor_parallel_size'}"
         )
     links = None
     if config.kv_transfer_config is not None:
@@ -339,12 +338,7 @@ def _specs(
 ) -> list[RankSpec]:
     """The ranks of one world, whose devices begin with the `first`."""
     size, port = max(target_size, draft_size), free_port()
-    num_threads, shared_memory = config.cpu_threads, not config.disable_custom_all_reduce
-    if config.drafts_ahead:
-        # what is shared between two worlds, a world cannot know by itself
-        num_cores = os.cpu_count() or 1
-        num_threads = num_threads or max(1, num_cores // config.num_ranks)
-        shared_memory = shared_memory and config.num_ranks <= num_cores
+    num_threads, shared_memory = shared_cores(config)
     return [
         RankSpec(
             rank=rank,

@@ -9,6 +9,7 @@ drafts. What was told to ranks that are gone is told again to the next ones.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from paceline.runtime.ahead.channel import OrderSender
+from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import DeadlineError, EngineError, PacelineError, ShardError
 from paceline.runtime.schedule.tails import TailBook
 from paceline.runtime.types import DraftPass
@@ -27,6 +29,17 @@ MOST_IN_VAIN = 5
 WATCH_EVERY_S = 0.5
 CLOSE_S = 5.0
 _MOST_PASSES = 4096
+
+
+def shared_cores(config: EngineConfig) -> tuple[int | None, bool]:
+    """Threads of each rank on a CPU, if it should not choose itself, and whether ranks may spin while
+    they wait. Where the drafter is ahead two worlds share a host's cores, and neither sees the other."""
+    num_threads, may_spin = config.cpu_threads, not config.disable_custom_all_reduce
+    if config.drafts_ahead:
+        num_cores = os.cpu_count() or 1
+        num_threads = num_threads or max(1, num_cores // config.num_ranks)
+        may_spin = may_spin and config.num_ranks <= num_cores
+    return num_threads, may_spin
 
 
 class DraftRanks(Protocol):

@@ -122,6 +122,10 @@ class TailBook:
         self._closed: list[str] = []
         self._generations = itertools.count(1)
 
+    def __len__(self) -> int:
+        """Requests that are drafted for."""
+        return len(self._open)
+
     def open(self, request: Request, text: Sequence[int], *, num_ahead: int) -> TailBuffer:
         """Have drafts made for a request, that grows as `text` does."""
         generation = next(self._generations)
