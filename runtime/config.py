@@ -536,6 +536,11 @@ def make_config(settings: Mapping[str, Any]) -> EngineConfig:
     return config
 
 
+_NO_LINKS = (
+    "with schedule ahead no KV moves between engines, a drafter with ranks of its own has no links"
+)
+
+
 def _check_schedule(config: EngineConfig, spec: SpeculativeConfig) -> None:
     """Raise ConfigError for settings that do not go with the schedule."""
     if spec.schedule != "ahead":
@@ -556,10 +561,7 @@ def _check_schedule(config: EngineConfig, spec: SpeculativeConfig) -> None:
             "draft_ranks"
         )
     if config.kv_transfer_config is not None:
-        raise ConfigError(
-            "schedule ahead does not go with kv_transfer_config yet: a drafter with ranks of its own has no "
-            "KV links"
-        )
+        raise ConfigError(f"kv_transfer_config: {_NO_LINKS}")
 
 
 def make_fleet(settings: Mapping[str, Any]) -> FleetConfig:
@@ -580,6 +582,8 @@ def make_fleet(settings: Mapping[str, Any]) -> FleetConfig:
 
 def check_fleet(fleet: FleetConfig, config: EngineConfig) -> None:
     """Raise ConfigError where engines like `config` cannot serve together."""
+    if config.drafts_ahead and fleet.prefill_replicas:
+        raise ConfigError(f"prefill_replicas: {_NO_LINKS}")
     transfer = config.kv_transfer_config
     if transfer is None or fleet.num_engines == 1:
         return

@@ -75,7 +75,7 @@ class Ranks:
 class Stage:
     """A group, the ranks it has started so far, and a request that is drafted for."""
 
-    def __init__(self, *, prepare: Callable[[Ranks], object] = lambda ranks: None) -> None:
+    def __init__(self, *, prepare: Callable[[Ranks], object] = id) -> None:
         self.now_s = 100.0
         self.started: list[Ranks] = []
         self.prepare = prepare
