@@ -114,7 +114,7 @@ class RayEngine:
                 _init_ray(config)
             with self._given_up_when_stopped():
                 self._start(
-                    config, facts, places or find_places(config, num_ranks=config.world_size)
+                    config, facts, places or find_places(config, num_ranks=config.num_ranks)
                 )
         except BaseException:
             self.close()

@@ -20,6 +20,7 @@ from paceline.runtime.config import (
     EngineConfig,
     FleetConfig,
     ServerConfig,
+    make_config,
     read_yaml,
     readable,
     reject_unknown,
@@ -98,7 +99,9 @@ def engine_settings(
     settings = {k: v for k, v in file.items() if k in EngineConfig.__struct_fields__} | given
     if "model" not in settings:
         settings = EMBEDDED_DEFAULTS | settings
+        alone = make_config({**settings, "tensor_parallel_size": 1})
         cores = ((os.cpu_count() or 1) - spare_cores) // num_engines
+        cores -= alone.num_ranks - alone.world_size  # a drafter that is ahead has its own
         one = settings.get("distributed_executor_backend") == "uni" or cores < 2
         settings.setdefault("tensor_parallel_size", 1 if one else 2)
     return settings

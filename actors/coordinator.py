@@ -4,6 +4,8 @@ frontend ──link──> engine thread: Engine.step, again and again ──lin
                        │ channel
                        v
                    shard 0 .. shard n-1     one ends or hangs: all are ended, and set to work anew
+
+A drafter that is ahead has shards of its own, after those, with a channel of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import logging
 import os
 import tempfile
 import threading
+from typing import Generic, TypeVar
 
 import ray
 
@@ -20,6 +23,8 @@ from paceline.actors import handles
 from paceline.parallel import leftovers
 from paceline.parallel.rank import RankSpec
 from paceline.runtime import logs, stacks
+from paceline.runtime.ahead.channel import OrderSender
+from paceline.runtime.ahead.group import DraftGroup, shared_cores
 from paceline.runtime.channel import PlanSender, RankAddresses
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.engine import Engine, make_engine
@@ -34,6 +39,7 @@ from paceline.runtime.types import WireType
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 5.0
+ChannelT = TypeVar("ChannelT", bound=PlanSender)
 
 
 class Started(WireType, frozen=True, kw_only=True):
@@ -56,7 +62,7 @@ class Coordinator:
         self._folder = tempfile.TemporaryDirectory(prefix=leftovers.prefix())
         self._host = str(ray.util.get_node_ip_address())
         self._lost: str | None = None
-        self._group: ShardGroup | None = None
+        self._groups: list[ShardGroup] = []
         self._local = False
         """Whether the driver is on this node."""
         self._notes = Notes()
@@ -82,16 +88,28 @@ class Coordinator:
             if config.kv_transfer_config is not None:
                 address = self._address("links", local=ranks_here)
                 links = KvControl(address, num_ranks=len(shards))
-            group = self._group = ShardGroup(
+            ahead = None
+            if config.drafts_ahead:
+                shards, drafting = shards[: config.world_size], shards[config.world_size :]
+                group = ShardGroup(config, drafting, gpu=gpu, here=here, folder=self._folder.name)
+                self._groups.append(group)
+                ahead = DraftGroup(
+                    group.start_drafting,
+                    load_timeout_s=config.load_timeout_s,
+                    step_timeout_s=config.step_timeout_s,
+                )
+            group = ShardGroup(
                 config, shards, gpu=gpu, here=here, folder=self._folder.name, links=links
             )
+            self._groups.append(group)
             executor = ChannelExecutor(
                 group.start,
                 load_timeout_s=config.load_timeout_s,
                 step_timeout_s=config.step_timeout_s,
             )
-            engine = make_engine(config, executor, links, max_model_len)
+            engine = make_engine(config, executor, links, max_model_len, ahead=ahead)
         except PacelineError as error:
+            # draft ranks that still load end with their actors
             return Started(error=str(error), user_error=isinstance(error, UserError))
         local = self._local = frontend_node == here
         link = LinkServer(
@@ -121,7 +139,7 @@ class Coordinator:
         if self._thread is not None:
             self._thread.join(timeout=CLOSE_S)
         self._folder.cleanup()
-        return [] if self._group is None or not self._local else self._group.pids
+        return [pid for group in self._groups for pid in group.pids] if self._local else []
 
     def _serve(self, engine: Engine, link: LinkServer) -> None:
         self._lost = run_engine(
@@ -143,7 +161,7 @@ class ShardGroup:
         gpu: bool,
         here: str,
         folder: str,
-        links: KvControl | None,
+        links: KvControl | None = None,
     ) -> None:
         """`here` is this node's id."""
         self._config, self._shards, self._gpu = config, shards, gpu
@@ -154,63 +172,90 @@ class ShardGroup:
         self.pids: list[int] = []
         """Of those at work."""
 
-    def start(self) -> ShardRanks:
-        """Set all shards to work, once each is a process that has not been before. Raises
-        EngineError."""
-        config = self._config
+    def start(self) -> ShardRanks[PlanSender]:
+        """Set all shards to work on plans. Raises EngineError."""
+        config, places = self._config, self._fresh()
+        links = None if self._links is None else self._links.address
+        if links is not None and links.startswith("ipc:") and not self._are_here(places):
+            raise EngineError("its ranks have moved to other nodes")
+        ranks = ShardRanks(self._shards, places, PlanSender, address=self._address("plans", places))
+        specs = self._specs(places, config.tensor_parallel_size, config.shared_draft_size)
+        ranks.run(config, specs, RankAddresses(plans=ranks.channel.address, links=links))
+        return ranks
+
+    def start_drafting(self) -> ShardRanks[OrderSender]:
+        """Set all shards to work as draft ranks. Raises EngineError."""
+        config, places = self._config, self._fresh()
+        address = self._address("orders", places)
+        ranks = ShardRanks(self._shards, places, OrderSender, address=address)
+        specs = self._specs(places, 0, config.draft_size)
+        ranks.run(config, specs, RankAddresses(plans=ranks.channel.address, drafts=True))
+        return ranks
+
+    def _fresh(self) -> list[handles.ShardPlace]:
+        """Where the shards are, once each is a process that has not been at work before."""
         places = handles.places_of(
-            self._shards, but=self._used, timeout_s=config.placement_timeout_s
+            self._shards, but=self._used, timeout_s=self._config.placement_timeout_s
         )
         self.pids = [place.pid for place in places]
         self._used |= set(places)
-        local = all(place.node_id == self._here for place in places)
-        links = None if self._links is None else self._links.address
-        if links is not None and links.startswith("ipc:") and not local:
-            raise EngineError("its ranks have moved to other nodes")
-        if local:
-            address = f"ipc://{self._folder}/plans-{next(self._numbers)}"
-        else:
-            address = f"tcp://{ray.util.get_node_ip_address()}:*"
-        ranks = ShardRanks(self._shards, places, address=address)
-        port = handles.port_of(self._shards[0]) if config.world_size > 1 else 0
+        return places
+
+    def _are_here(self, places: list[handles.ShardPlace]) -> bool:
+        return all(place.node_id == self._here for place in places)
+
+    def _address(self, name: str, places: list[handles.ShardPlace]) -> str:
+        """What to bind for shards at these places."""
+        if self._are_here(places):
+            return f"ipc://{self._folder}/{name}-{next(self._numbers)}"
+        return f"tcp://{ray.util.get_node_ip_address()}:*"
+
+    def _specs(
+        self, places: list[handles.ShardPlace], target_size: int, draft_size: int
+    ) -> list[RankSpec]:
+        config = self._config
+        port = handles.port_of(self._shards[0]) if len(places) > 1 else 0
         nodes = [place.node_id for place in places]
-        specs = [
+        num_threads, shared_memory = shared_cores(config)
+        return [
             RankSpec(
                 rank=rank,
                 local_rank=nodes[:rank].count(node_id),
                 local_size=nodes.count(node_id),
-                target_size=config.tensor_parallel_size,
-                draft_size=config.draft_size,
+                target_size=target_size,
+                draft_size=draft_size,
                 master_addr=places[0].address,
                 master_port=port,
                 device="cuda"
                 if self._gpu
                 else "cpu",  # Ray shows each actor its own GPU only, as number 0
                 interleaved=config.interleaved,
-                shared_memory=not config.disable_custom_all_reduce,
-                num_threads=config.cpu_threads,
+                shared_memory=shared_memory,
+                num_threads=num_threads,
                 timeout_s=config.load_timeout_s,
             )
             for rank, node_id in enumerate(nodes)
         ]
-        ranks.run(config, specs, links=links)
-        return ranks
 
 
-class ShardRanks:
-    """Satisfies `Ranks` with shards at work."""
+class ShardRanks(Generic[ChannelT]):
+    """Satisfies `Ranks`, or `DraftRanks`, with shards at work."""
 
     def __init__(
-        self, shards: list[handles.ShardHandle], places: list[handles.ShardPlace], *, address: str
+        self,
+        shards: list[handles.ShardHandle],
+        places: list[handles.ShardPlace],
+        channel: type[ChannelT],
+        *,
+        address: str,
     ) -> None:
         self._shards, self._places = shards, places
         self._runs: list[handles.Ref] = []
-        self.channel = PlanSender(
+        self.channel = channel(
             address, num_ranks=len(shards), watch=lambda: handles.first_dead(self._runs)
         )
 
-    def run(self, config: EngineConfig, specs: list[RankSpec], *, links: str | None) -> None:
-        addresses = RankAddresses(plans=self.channel.address, links=links)
+    def run(self, config: EngineConfig, specs: list[RankSpec], addresses: RankAddresses) -> None:
         for shard, spec in zip(self._shards, specs, strict=True):
             self._runs.append(handles.run_shard(shard, config, spec, addresses))
 

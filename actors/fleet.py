@@ -48,7 +48,7 @@ def open_engines(
         engine_config(config, settings, role=role, engine_id=role, linked=linked)
         for role in first_roles(settings, config)
     ]
-    num_ranks = sum(each.world_size for each in configs)
+    num_ranks = sum(each.num_ranks for each in configs)
     shared = len(configs) > 1 or linked
     if config.distributed_executor_backend != "ray":
         from paceline.runtime import local

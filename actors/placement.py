@@ -129,7 +129,7 @@ class OwnPlaces:
 
     def take(self, config: EngineConfig) -> Place:
         """On the engine's home if it has one and there is room, else on as few nodes as possible."""
-        size = config.world_size
+        size = config.num_ranks
         home = self._choose_home(size)
         bundles: list[dict[str, float]] = [{self.device: 1}] * size
         if home is None:
@@ -185,10 +185,10 @@ class OuterPlaces:
     def take(self, config: EngineConfig) -> Place:
         """On one node if its free bundles suffice. Raises PlacementError where too few are free."""
         with self._lock:
-            taken = choose_slots(self._free, num_ranks=config.world_size)
+            taken = choose_slots(self._free, num_ranks=config.num_ranks)
             if taken is None:
                 raise PlacementError(
-                    f"{config.world_size} ranks need {config.world_size} {self.device}, one each; "
+                    f"{config.num_ranks} ranks need {config.num_ranks} {self.device}, one each; "
                     f"{len(self._free)} of the placement group around them are free"
                 )
             self._free = [slot for slot in self._free if slot not in taken]
@@ -302,8 +302,9 @@ def _why_not_placed(config: EngineConfig, device: str) -> str:
         for node in _nodes(device)
     ]
     return (
-        f"{config.world_size} ranks need {config.world_size} {device}, one each, and found no place "
+        f"{config.num_ranks} ranks need {config.num_ranks} {device}, one each, and found no place "
         f"in {config.placement_timeout_s:.0f} s: "
         f"{'; '.join(nodes)}. Lower tensor_parallel_size ({config.tensor_parallel_size}) or "
-        f"draft_tensor_parallel_size ({config.draft_size}), free devices, or add nodes"
+        f"{'draft_ranks' if config.drafts_ahead else 'draft_tensor_parallel_size'} ({config.draft_size}), free "
+        "devices, or add nodes"
     )

@@ -133,11 +133,11 @@ def _in_replica(config: EngineConfig) -> EngineConfig:
         device=device,
         distributed_executor_backend="ray",
         ray_placement_group=None,
-        ray_bundle_indices=tuple(range(1, 1 + config.world_size)),
+        ray_bundle_indices=tuple(range(1, 1 + config.num_ranks)),
     )
 
 
 def _bundles(config: EngineConfig) -> list[dict[str, float]]:
     """The replica's own, then one device per rank."""
     rank = {"GPU" if config.device == "cuda" else "CPU": 1.0}
-    return [{"CPU": 1.0}, *[rank] * config.world_size]
+    return [{"CPU": 1.0}, *[rank] * config.num_ranks]

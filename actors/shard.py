@@ -31,9 +31,9 @@ class Shard:
     def run(self, config: EngineConfig, spec: RankSpec, addresses: RankAddresses) -> None:
         """Serve plans until the coordinator says stop, or its raylet is gone."""
         from paceline.runtime import logs
-        from paceline.runtime.rank import run_rank
+        from paceline.runtime.rank import rank_name, run_rank
 
-        logs.configure(config, role=logs.engine_role(config, f"rank {spec.rank}"))
+        logs.configure(config, role=logs.engine_role(config, rank_name(spec, addresses)))
 
         parent = os.getppid()
         host = ray.util.get_node_ip_address()

@@ -42,7 +42,8 @@ def join(spec: RankSpec) -> Mesh:
         share = max(1, (os.cpu_count() or 1) // spec.local_size)
         torch.set_num_threads(spec.num_threads or share)
     if spec.world_size == 1:
-        return solo_mesh(spec.device)
+        alone = solo_mesh(spec.device)
+        return reshape(alone, target_size=spec.target_size, draft_size=spec.draft_size)
     os.environ.update(
         MASTER_ADDR=spec.master_addr,
         MASTER_PORT=str(spec.master_port),
@@ -84,7 +85,7 @@ def reshape(mesh: Mesh, *, target_size: int, draft_size: int) -> Mesh:
     return replace(
         mesh,
         target=_axis(mesh.world, mesh.rank, target_size),
-        draft=_axis(mesh.drafting, mesh.rank, max(1, draft_size)),
+        draft=_axis(mesh.drafting, mesh.rank, draft_size),
     )
 
 
@@ -156,8 +157,8 @@ def _axis(world: Axis, rank: int, size: int) -> Axis:
     index = rank if rank < size else None
     if size == world.size:
         return world
-    if size == 1:
-        return Axis(size=1, index=index, collectives=Alone())
+    if size <= 1:
+        return Axis(size=size, index=index, collectives=Alone())
     # DeepSpeed's shared memory knows only the whole world, so a narrower axis talks through a group of its own.
     group = dist.new_group(list(range(size)))
     if index is None:

@@ -16,8 +16,9 @@ class RankSpec:
     local_size: int
     """How many ranks its host has: shared memory serves only where all are on one."""
     target_size: int
+    """0 in a world that only drafts."""
     draft_size: int
-    """0 without a draft model."""
+    """0 in one without a draft model."""
     master_addr: str = "127.0.0.1"
     master_port: int = 0
     device: str = "cpu"

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import zmq
@@ -34,6 +34,8 @@ class RankAddresses:
     plans: str
     links: str | None = None
     """For the rank's KV link, where the engine has any."""
+    drafts: bool = False
+    """Whether it is a rank of a drafter that is ahead, which takes orders instead of plans."""
 
 
 class Hello(WireType, frozen=True, kw_only=True, tag="hello"):
@@ -73,6 +75,10 @@ _out = msgspec.msgpack.Encoder()
 class PlanSender:
     """The coordinator's end. `watch` names a rank that died, or returns None; it is asked while
     waiting."""
+
+    _words_in: msgspec.msgpack.Decoder[Any] = _answers_in
+    """What ranks may say."""
+    _last_word = _out.encode(StepPlan(step=-1, scheduled=(), shutdown=True))
 
     def __init__(self, address: str, *, num_ranks: int, watch: Callable[[], str | None]) -> None:
         """Binds `address`, such as `ipc:///tmp/x` or `tcp://10.0.0.1:*`; `self.address` is what
@@ -136,8 +142,9 @@ class PlanSender:
                     f"rank {answer.rank}: {answer.result.error}",
                     out_of_memory=answer.result.out_of_memory,
                 )
-            if answer.rank == 0 and answer.result.step == step:
-                return answer.result
+            result: StepResult = answer.result
+            if answer.rank == 0 and result.step == step:
+                return result
 
     def check(self) -> None:
         """Raise ShardError if a rank is gone."""
@@ -148,17 +155,17 @@ class PlanSender:
         """Tell the ranks to end, without waiting for them."""
         if self._socket.closed:
             return
-        body = _out.encode(StepPlan(step=-1, scheduled=(), shutdown=True))
         self._socket.setsockopt(zmq.LINGER, 500)
         for identity in self._identities:
             try:
-                self._socket.send_multipart((identity, body), zmq.DONTWAIT)
+                self._socket.send_multipart((identity, self._last_word), zmq.DONTWAIT)
             except zmq.ZMQError:  # that rank never came or is gone
                 continue
         self._socket.close()
         self._context.term()
 
-    def _receive(self, deadline: float, *, waiting_for: str) -> Hello | Answer:
+    def _receive(self, deadline: float, *, waiting_for: str) -> Any:
+        """A rank's next word, one of `_words_in`."""
         while not self._socket.poll(WATCH_EVERY_MS):
             dead = self._watch()
             if dead is not None:
@@ -167,12 +174,12 @@ class PlanSender:
                 raise DeadlineError(f"waited too long for {waiting_for}")
         _, body = self._socket.recv_multipart()
         try:
-            message: Hello | Answer = _answers_in.decode(body)
+            message = self._words_in.decode(body)
         except msgspec.DecodeError as error:
             raise ShardError(f"a rank sent what is no message: {error}") from None
         if message.rank >= len(self._identities):
             raise ShardError(f"rank {message.rank} spoke, of {len(self._identities)}")
-        version = message.version if isinstance(message, Hello) else message.result.version
+        version = message.result.version if isinstance(message, Answer) else message.version
         if version != WIRE_VERSION:
             raise ShardError(
                 f"a rank speaks version {version}, this coordinator {WIRE_VERSION}: mixed installations"

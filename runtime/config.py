@@ -69,13 +69,6 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         int,
         Meta(ge=1, le=64, description="Most nodes of a tree: draft tokens verified in one pass."),
     ] = 32
-    schedule: Annotated[
-        Literal["lockstep", "interleaved"],
-        Meta(
-            description="lockstep: a step drafts, then verifies. interleaved: half of the requests draft while "
-            "the other half is verified, on the same ranks."
-        ),
-    ] = "lockstep"
     verification: Annotated[
         Literal["coupled", "rejection"],
         Meta(
@@ -120,6 +113,25 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     draft_tensor_parallel_size: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="Ranks the drafter runs on; the target's number if not given."),
+    ] = None
+    schedule: Annotated[
+        Literal["lockstep", "interleaved", "ahead"],
+        Meta(
+            description="lockstep: a step drafts, then verifies. interleaved: half of the requests draft while the "
+            "other half is verified, on the same ranks. ahead: the drafter has ranks of its own and drafts on "
+            "while the target verifies."
+        ),
+    ] = "lockstep"
+    draft_ranks: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Ranks of the drafter's own, with schedule ahead; 1 if not given."),
+    ] = None
+    max_tokens_ahead: Annotated[
+        Annotated[int, Meta(ge=1, le=256)] | None,
+        Meta(
+            description="Most drafts that wait for their verification, with schedule ahead; if not given, "
+            "what a round that accepts all needs for the next: twice num_speculative_tokens and 1."
+        ),
     ] = None
     dtype: Annotated[
         Dtype,
@@ -335,11 +347,25 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = "text"
 
     @property
+    def drafts_ahead(self) -> bool:
+        """Whether the drafter has ranks of its own, apart from the target's."""
+        spec = self.speculative_config
+        return spec is not None and spec.schedule == "ahead"
+
+    @property
     def draft_size(self) -> int:
         """Ranks of the drafter; 0 without one."""
-        if self.speculative_config is None or self.speculative_config.method == "ngram":
+        spec = self.speculative_config
+        if spec is None or spec.method == "ngram":
             return 0
-        return self.speculative_config.draft_tensor_parallel_size or self.tensor_parallel_size
+        if self.drafts_ahead:
+            return spec.draft_ranks or 1
+        return spec.draft_tensor_parallel_size or self.tensor_parallel_size
+
+    @property
+    def shared_draft_size(self) -> int:
+        """Of these, those that are ranks of the target's world too."""
+        return 0 if self.drafts_ahead else self.draft_size
 
     @property
     def interleaved(self) -> bool:
@@ -354,8 +380,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def world_size(self) -> int:
-        """Target and drafter share ranks from rank 0 on; the wider of the two decides."""
-        return max(self.tensor_parallel_size, self.draft_size)
+        """Ranks that carry out plans. Target and drafter share them from rank 0 on, and the wider of
+        the two decides; a drafter that is ahead has a world of its own."""
+        return max(self.tensor_parallel_size, self.shared_draft_size)
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all worlds together, each with a device of its own."""
+        return self.world_size + self.draft_size - self.shared_draft_size
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -529,6 +561,8 @@ def make_config(settings: Mapping[str, Any]) -> EngineConfig:
     spec = config.speculative_config
     if spec is not None and spec.prompt_lookup_min > spec.prompt_lookup_max:
         raise ConfigError("prompt_lookup_min must be at most prompt_lookup_max")
+    if spec is not None:
+        _check_schedule(config, spec)
     if spec is not None and spec.tree != "chain":
         _check_tree(spec)
     transfer = config.kv_transfer_config
@@ -537,10 +571,13 @@ def make_config(settings: Mapping[str, Any]) -> EngineConfig:
             f"kv_transfer_config.host {transfer.host} is every address of the node: name the one under "
             "which the other engines reach it"
         )
-    if config.distributed_executor_backend == "uni" and config.world_size > 1:
-        raise ConfigError(
-            f"distributed_executor_backend uni has one rank; {config.world_size} are asked for"
-        )
+    if config.distributed_executor_backend == "uni":
+        # a drafter that is ahead is a thread beside the one rank, on the same device
+        widest = max(config.world_size, config.draft_size)
+        if widest > 1:
+            raise ConfigError(
+                f"distributed_executor_backend uni has one rank; {widest} are asked for"
+            )
     return config
 
 
@@ -566,6 +603,34 @@ def _check_tree(spec: SpeculativeConfig) -> None:
         )
 
 
+_NO_LINKS = (
+    "with schedule ahead no KV moves between engines, a drafter with ranks of its own has no links"
+)
+
+
+def _check_schedule(config: EngineConfig, spec: SpeculativeConfig) -> None:
+    """Raise ConfigError for settings that do not go with the schedule."""
+    if spec.schedule != "ahead":
+        for name in ("draft_ranks", "max_tokens_ahead"):
+            if getattr(spec, name) is not None:
+                raise ConfigError(f"{name} is for schedule ahead; the schedule is {spec.schedule}")
+        return
+    if spec.method != "draft_model":
+        raise ConfigError(f"schedule ahead needs a draft model, method is {spec.method}")
+    if spec.verification != "coupled":
+        raise ConfigError(
+            f"schedule ahead needs verification coupled, found {spec.verification}: drafts come without "
+            "the distributions that they were drawn from"
+        )
+    if spec.draft_tensor_parallel_size is not None:
+        raise ConfigError(
+            "draft_tensor_parallel_size is of a drafter on the target's ranks; with schedule ahead say "
+            "draft_ranks"
+        )
+    if config.kv_transfer_config is not None:
+        raise ConfigError(f"kv_transfer_config: {_NO_LINKS}")
+
+
 def make_fleet(settings: Mapping[str, Any]) -> FleetConfig:
     """A `FleetConfig` from plain values. Raises ConfigError, in one line, for unknown keys and bad
     values."""
@@ -584,6 +649,8 @@ def make_fleet(settings: Mapping[str, Any]) -> FleetConfig:
 
 def check_fleet(fleet: FleetConfig, config: EngineConfig) -> None:
     """Raise ConfigError where engines like `config` cannot serve together."""
+    if config.drafts_ahead and fleet.prefill_replicas:
+        raise ConfigError(f"prefill_replicas: {_NO_LINKS}")
     transfer = config.kv_transfer_config
     if transfer is None or fleet.num_engines == 1:
         return

@@ -11,6 +11,10 @@ and, where prompts are read on one engine for another:
 
     scheduler ──Offer, Fetch──> links of all ranks ──TransferEnd──> scheduler
 
+and, where the drafter is ahead:
+
+    scheduler ──Sync, Commit, Close──> draft ranks ──Tails──> scheduler
+
 Holds no tensors and no device. What may be added here: the order of a step's parts, nothing about
 how any is done.
 """
@@ -25,6 +29,7 @@ from typing import Protocol
 
 import msgspec
 
+from paceline.runtime.ahead.group import DraftGroup
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import EngineError, PromptError, ShardError
 from paceline.runtime.executor import Executor
@@ -75,12 +80,14 @@ class Engine:
         executor: Executor,
         *,
         links: KvControl | None = None,
+        ahead: DraftGroup | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`links` lead to the ranks' KV links."""
+        """`links` lead to the ranks' KV links, `ahead` to ranks that only draft."""
         self.scheduler = scheduler
         self.executor = executor
         self.links = links
+        self.ahead = ahead
         self.stalled = False
         """Whether the last step found nothing to do before a command comes or a transfer ends."""
         self.failure: ShardError | None = None
@@ -133,6 +140,7 @@ class Engine:
     def step(self) -> list[TokenDelta]:
         """Plan as many steps as may be in flight, and end the earliest. Raises ShardError."""
         while self.scheduler.may_plan:
+            self._hear_drafter()
             plan = self.scheduler.schedule()
             self._order()  # before the step: links follow it layer by layer
             if not (plan.scheduled or plan.finished):
@@ -150,6 +158,7 @@ class Engine:
     def check(self) -> None:
         """Look whether all ranks live, and now and then whether they work; asked while there is nothing
         to do."""
+        self._hear_drafter()
         try:
             self.executor.check()
             if not self.scheduler.has_work and self._clock() - self._stepped_s >= IDLE_STEP_S:
@@ -199,33 +208,52 @@ class Engine:
         return deltas
 
     def _order(self) -> None:
-        """Pass on what the scheduler wants of the links."""
+        """Pass on what the scheduler wants of the links, and of draft ranks."""
         if self.links is not None:
             self.links.send(self.scheduler.transfers.take_orders())
+        if self.ahead is not None and self.scheduler.tails is not None:
+            self.ahead.send(self.scheduler.tails)
+
+    def _hear_drafter(self) -> None:
+        """Take the drafts that are there."""
+        if self.ahead is not None and self.scheduler.tails is not None:
+            self.ahead.receive(self.scheduler.tails)
 
     def status(self) -> EngineStatus:
         links = KvLinks() if self.links is None else self.links.links
+        ahead = self.ahead
         return msgspec.structs.replace(
             self.scheduler.status(),
-            ranks=self.executor.ranks,
+            ranks=self.executor.ranks + (() if ahead is None else ahead.ranks),
+            draft_passes=() if ahead is None else ahead.take_passes(),
             links=links,
-            num_restarts=self._num_restarts,
+            num_restarts=self._num_restarts + (0 if ahead is None else ahead.num_restarts),
             restarting=self.failure is not None,
         )
 
     def close(self) -> None:
         self.executor.close()
+        if self.ahead is not None:
+            self.ahead.close()
         if self.links is not None:
             self.links.close()
 
 
 def make_engine(
-    config: EngineConfig, executor: Executor, links: KvControl | None, max_model_len: int
+    config: EngineConfig,
+    executor: Executor,
+    links: KvControl | None,
+    max_model_len: int,
+    *,
+    ahead: DraftGroup | None = None,
 ) -> Engine:
-    """An engine over ranks that are loaded, once their KV links serve. Closes both if they do not."""
+    """An engine over ranks that are loaded, once their KV links serve and draft ranks have loaded too.
+    Closes all if they do not."""
     try:
         if links is not None:
             links.wait_ready(timeout_s=config.load_timeout_s, check=executor.check)
+        if ahead is not None:
+            ahead.wait_ready()
         scheduler = make_scheduler(
             config, max_model_len=max_model_len, num_blocks=executor.num_blocks
         )
@@ -233,5 +261,7 @@ def make_engine(
         executor.close()
         if links is not None:
             links.close()
+        if ahead is not None:
+            ahead.close()
         raise
-    return Engine(scheduler, executor, links=links)
+    return Engine(scheduler, executor, links=links, ahead=ahead)

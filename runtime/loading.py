@@ -111,7 +111,7 @@ def _load_drafter(
     config: EngineConfig, mesh: Mesh, *, vocab_size: int
 ) -> tuple[Decoder | None, LayerParallel | None]:
     spec = config.speculative_config
-    if spec is None or spec.method == "ngram" or not mesh.draft.member:
+    if spec is None or not config.draft_size or not mesh.draft.member:
         return None, None
     folder = find_model(spec.model)
     arch = read_architecture(folder)
@@ -193,7 +193,8 @@ def _room(config: EngineConfig, mesh: Mesh) -> int:
     if mesh.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(mesh.device)
         return max(0, int(free - (1.0 - config.gpu_memory_utilization) * total))
-    return min(CPU_KV_BYTES, psutil.virtual_memory().available // 4) // mesh.world.size
+    num_ranks = max(mesh.world.size, config.num_ranks)
+    return min(CPU_KV_BYTES, psutil.virtual_memory().available // 4) // num_ranks
 
 
 def _kv_dtype(decoder: Decoder, device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import shutil
@@ -26,6 +27,9 @@ from paceline.parallel.launch import free_port, solo_mesh, spawn
 from paceline.parallel.leftovers import sweep
 from paceline.parallel.rank import RankSpec
 from paceline.runtime import logs, stacks
+from paceline.runtime.ahead.channel import OrderSender
+from paceline.runtime.ahead.group import DraftGroup, shared_cores
+from paceline.runtime.ahead.thread import DraftThread
 from paceline.runtime.channel import PlanSender, RankAddresses
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.engine import Engine, make_engine
@@ -39,6 +43,7 @@ from paceline.runtime.errors import (
 )
 from paceline.runtime.executor import ChannelExecutor
 from paceline.runtime.link import LinkAddress, LinkClient, LinkServer, Patience
+from paceline.runtime.loading import load
 from paceline.runtime.orphans import end_with_parent
 from paceline.runtime.pipeline import Pipeline
 from paceline.runtime.preflight import Facts
@@ -165,24 +170,52 @@ def _engine_process(
 
 def _engine(config: EngineConfig, *, max_model_len: int) -> Engine:
     device, count = local_devices(config.device)
-    if config.world_size > count:
+    if config.distributed_executor_backend == "uni" and config.drafts_ahead:
+        return _threads(config, device=device, max_model_len=max_model_len)
+    if config.num_ranks > count:
         raise PlacementError(
-            f"{config.world_size} ranks need {config.world_size} {device} devices, this machine has {count}; lower "
-            "tensor_parallel_size or draft_tensor_parallel_size"
+            f"{config.num_ranks} ranks need {config.num_ranks} {device} devices, this machine has {count}; lower "
+            f"tensor_parallel_size or {'draft_ranks' if config.drafts_ahead else 'draft_tensor_parallel_size'}"
         )
     links = None
     if config.kv_transfer_config is not None:
         links = KvControl(f"tcp://{LOCALHOST}:*", num_ranks=config.world_size)
     address = None if links is None else links.address
-    if config.world_size == 1 and config.distributed_executor_backend != "mp":
+    if config.num_ranks == 1 and config.distributed_executor_backend != "mp":
         alone = InProcess(lambda: Worker(config, solo_mesh(device)), links=address)
         return make_engine(config, alone, links, max_model_len)
-    executor = ChannelExecutor(
-        lambda: LocalRanks(config, device=device, links=address),
+    ahead = None
+    if config.drafts_ahead:
+        ahead = DraftGroup(
+            lambda: LocalDraftRanks(config, device=device),
+            load_timeout_s=config.load_timeout_s,
+            step_timeout_s=config.step_timeout_s,
+        )
+    try:
+        executor = ChannelExecutor(
+            lambda: LocalRanks(config, device=device, links=address),
+            load_timeout_s=config.load_timeout_s,
+            step_timeout_s=config.step_timeout_s,
+        )
+    except BaseException:
+        if ahead is not None:
+            ahead.close()
+        raise
+    return make_engine(config, executor, links, max_model_len, ahead=ahead)
+
+
+def _threads(config: EngineConfig, *, device: str, max_model_len: int) -> Engine:
+    """The target in this thread and a drafter that is ahead in another, on one device."""
+    mesh = solo_mesh(device)
+    loaded = load(config, mesh)
+    alone = dataclasses.replace(loaded, draft_model=None)
+    executor = InProcess(lambda: Worker(config, mesh, loaded=alone))
+    ahead = DraftGroup(
+        lambda: DraftThread(config, mesh, loaded),
         load_timeout_s=config.load_timeout_s,
         step_timeout_s=config.step_timeout_s,
     )
-    return make_engine(config, executor, links, max_model_len)
+    return make_engine(config, executor, None, max_model_len, ahead=ahead)
 
 
 def local_devices(wanted: str) -> tuple[str, int]:
@@ -251,36 +284,14 @@ class InProcess:
         self.end_ranks()
 
 
-class LocalRanks:
-    """Satisfies `Ranks` with processes of this machine, which end with this one."""
+class _Processes:
+    """Ranks in processes of this machine, which end with this one."""
 
-    def __init__(self, config: EngineConfig, *, device: str, links: str | None = None) -> None:
-        """`links` is where KV links find the engine loop, if there shall be any."""
+    channel: PlanSender
+
+    def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-")
-        size, port = config.world_size, free_port()
-        self.channel = PlanSender(
-            f"ipc://{self._folder.name}/plans", num_ranks=size, watch=self._dead
-        )
-        specs = [
-            RankSpec(
-                rank=rank,
-                local_rank=rank,
-                local_size=size,
-                target_size=config.tensor_parallel_size,
-                draft_size=config.draft_size,
-                master_port=port,
-                device=device,
-                device_index=rank,
-                interleaved=config.interleaved,
-                shared_memory=not config.disable_custom_all_reduce,
-                num_threads=config.cpu_threads,
-                timeout_s=config.load_timeout_s,
-            )
-            for rank in range(size)
-        ]
-        addresses = RankAddresses(plans=self.channel.address, links=links)
         self._processes: list[BaseProcess] = []
-        self._processes = spawn(local_rank, args=[(config, spec, addresses) for spec in specs])
 
     def stacks(self) -> list[str]:
         return [stacks.take(process.pid or 0) for process in self._processes]
@@ -304,6 +315,64 @@ class LocalRanks:
             if not process.is_alive():
                 return f"rank {rank} ended with exit code {process.exitcode}"
         return None
+
+
+class LocalRanks(_Processes):
+    """Satisfies `Ranks`."""
+
+    def __init__(self, config: EngineConfig, *, device: str, links: str | None = None) -> None:
+        """`links` is where KV links find the engine loop, if there shall be any."""
+        super().__init__()
+        size = config.world_size
+        self.channel = PlanSender(
+            f"ipc://{self._folder.name}/plans", num_ranks=size, watch=self._dead
+        )
+        specs = _specs(
+            config, config.tensor_parallel_size, config.shared_draft_size, device=device, first=0
+        )
+        addresses = RankAddresses(plans=self.channel.address, links=links)
+        self._processes = spawn(local_rank, args=[(config, spec, addresses) for spec in specs])
+
+
+class LocalDraftRanks(_Processes):
+    """Satisfies `DraftRanks`: on the devices after those of the other world."""
+
+    channel: OrderSender
+
+    def __init__(self, config: EngineConfig, *, device: str) -> None:
+        super().__init__()
+        size = config.draft_size
+        self.channel = OrderSender(
+            f"ipc://{self._folder.name}/orders", num_ranks=size, watch=self._dead
+        )
+        specs = _specs(config, 0, size, device=device, first=config.world_size)
+        addresses = RankAddresses(plans=self.channel.address, drafts=True)
+        self._processes = spawn(local_rank, args=[(config, spec, addresses) for spec in specs])
+
+
+def _specs(
+    config: EngineConfig, target_size: int, draft_size: int, *, device: str, first: int
+) -> list[RankSpec]:
+    """The ranks of one world, whose devices begin with the `first`."""
+    size, port = max(target_size, draft_size), free_port()
+    num_threads, shared_memory = shared_cores(config)
+    return [
+        RankSpec(
+            rank=rank,
+            local_rank=rank,
+            local_size=size,
+            target_size=target_size,
+            draft_size=draft_size,
+            master_port=port,
+            device=device,
+            device_index=first + rank,
+            interleaved=config.interleaved,
+            shared_memory=shared_memory,
+            num_threads=num_threads,
+            timeout_s=config.load_timeout_s,
+        )
+        for rank in range(size)
+    ]
 
 
 def _end(processes: list[BaseProcess]) -> None:

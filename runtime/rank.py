@@ -15,6 +15,7 @@ from paceline.parallel.launch import join, leave
 from paceline.parallel.leftovers import sweep
 from paceline.parallel.rank import RankSpec
 from paceline.runtime import logs, stacks
+from paceline.runtime.ahead.rank import run_draft_rank
 from paceline.runtime.channel import PlanReceiver, RankAddresses
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.orphans import end_with_parent
@@ -40,6 +41,9 @@ def run_rank(
     `host` is where other engines reach this rank's KV link."""
     stacks.allow()
     sweep()
+    if addresses.drafts:
+        run_draft_rank(config, spec, addresses.plans, alive=alive)
+        return
     channel = PlanReceiver(addresses.plans, rank=spec.rank)
     worker = pipeline = None
     try:
@@ -115,9 +119,14 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def rank_name(spec: RankSpec, addresses: RankAddresses) -> str:
+    """For logs: ranks of a drafter that is ahead are counted by themselves."""
+    return f"draft rank {spec.rank}" if addresses.drafts else f"rank {spec.rank}"
+
+
 def local_rank(config: EngineConfig, spec: RankSpec, addresses: RankAddresses) -> None:
     """A rank in a process of its own, which ends when its parent does."""
     end_with_parent(grace_s=ORPHAN_S)
-    logs.configure(config, role=logs.engine_role(config, f"rank {spec.rank}"))
+    logs.configure(config, role=logs.engine_role(config, rank_name(spec, addresses)))
     parent = os.getppid()
     run_rank(config, spec, addresses, alive=lambda: os.getppid() == parent)

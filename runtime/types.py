@@ -252,6 +252,8 @@ class ScheduledRequest(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """How the draft model's drafts branch; None for a chain."""
     drafter: DrafterName = "draft_model"
     """Who drafts, if anybody does."""
+    draft_token_ids: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    """The drafts themselves, where they were made ahead; `num_draft_tokens` is 0 then."""
     read_draft: bool = False
     """Whether the draft model reads the fed tokens too, so that its KV keeps up with the target's.
     What it has not read by the time it drafts it reads then."""
@@ -490,6 +492,15 @@ class StepStats(WireType, frozen=True, kw_only=True):
     verify_span: Span | None = None
 
 
+class DraftPass(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """One pass of a drafter that is ahead, for time lines and costs."""
+
+    span: Span
+    num_rows: int
+    num_drafts: int
+    """Requests that got a draft by it."""
+
+
 class KvLinks(WireType, frozen=True, kw_only=True):
     """Where an engine's KV can be fetched. Empty until every rank's link serves."""
 
@@ -549,6 +560,8 @@ class EngineStatus(WireType, frozen=True, kw_only=True):
     depth."""
     steps: tuple[StepStats, ...] = ()
     """Those since the last status, the latest thousand at most."""
+    draft_passes: tuple[DraftPass, ...] = ()
+    """Those of a drafter that is ahead, likewise."""
     ranks: tuple[str, ...] = ()
     """What each rank said of itself when it had loaded."""
     waiting_tokens: int = 0

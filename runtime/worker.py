@@ -248,7 +248,11 @@ class Worker:
                 f"expected blocks below {self.num_blocks}, found {scheduled.new_blocks}"
             )
             sequence.table.extend(scheduled.new_blocks)
-        return Feed(sequence=sequence, scheduled=scheduled)
+        ready = scheduled.draft_token_ids
+        assert max(ready, default=0) < self._vocab_size, (
+            f"expected drafts below {self._vocab_size}, found {ready}"
+        )
+        return Feed(sequence=sequence, scheduled=scheduled, draft=Draft(token_ids=ready))
 
     def _begin(self, scheduled: ScheduledRequest) -> Sequence:
         request = scheduled.request

@@ -25,7 +25,7 @@ def cluster(config: EngineConfig, settings: FleetConfig) -> Finding:
     if config.distributed_executor_backend != "ray":
         return skipped("the engines' ranks are local processes: no Ray is needed")
     configs = engines(config, settings)
-    num_ranks = sum(each.world_size for each in configs)
+    num_ranks = sum(each.num_ranks for each in configs)
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     if address is None:
         return _local(num_ranks)

@@ -37,6 +37,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from paceline.runtime.schedule.tails import TailBuffer
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.types import DrafterName, DraftShape, StageTimes
 
@@ -72,6 +73,8 @@ class DraftState:
     """Whether the request itself says how many: then just those."""
     uses_model: bool = True
     index: NgramIndex | None = None
+    tail: TailBuffer | None = None
+    """Drafts that were made ahead, while there is somebody who makes them."""
     room: int = 0
     """Drafts that could still be used in this round."""
     lag: int = 1

@@ -58,6 +58,7 @@ from paceline.runtime.schedule.draft_length import (
 from paceline.runtime.schedule.policy import make_policies
 from paceline.runtime.schedule.prefix import extend_hashes, root_hash
 from paceline.runtime.schedule.request import GONE, RunningRequest, State
+from paceline.runtime.schedule.tails import TailBook
 from paceline.runtime.schedule.transfers import TransferBook, TransferEnd
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.types import (
@@ -118,6 +119,10 @@ class Speculation:
     """How the model's drafts branch while few requests run, where that is fixed."""
     lookup_min: int = 2
     lookup_max: int = 4
+    ahead: bool = False
+    """Whether drafts are made elsewhere, ahead of the text."""
+    max_ahead: int | None = None
+    """Most of them for a request; if not given, what a round that accepts all needs for the next."""
 
 
 @dataclass(slots=True)
@@ -171,6 +176,7 @@ class Scheduler:
         has_links = limits.num_slots > 0
         self._pool = BlockPool(limits.num_blocks, report=has_links)
         self.transfers = TransferBook(limits.num_slots)
+        self.tails = TailBook() if speculation is not None and speculation.ahead else None
         self._policies = make_policies(
             block_size=limits.block_size, sink_tokens=limits.sink_tokens, window=limits.window
         )
@@ -414,6 +420,9 @@ class Scheduler:
             # a round emits one token besides its drafts: more of them could never be used
             draft.room = running.num_prompt + running.request.max_tokens - length - 1
             draft.lag = length - max(running.draft_seen, running.draft_exact)
+            if self.tails is not None:
+                draft.room = min(draft.room, 0 if draft.tail is None else len(draft.tail))
+                draft.lag = 1  # whatever is read is read elsewhere
             drafting.append(draft)
         free_rows = self.limits.max_num_batched_tokens - num_rows
         if not drafting:
@@ -484,7 +493,7 @@ class Scheduler:
                 while pool.num_free == 0 and victim is not None:
                     self._preempt(victim, now_s=now_s)
                     victim = self._victim() if running.state is State.RUNNING else None
-                if running.state is not State.RUNNING:
+                if not _runs(running):  # it was the worst itself
                     break
                 if pool.num_free == 0:  # it goes on when the links or a step give blocks back
                     continue
@@ -535,6 +544,7 @@ class Scheduler:
         return (
             draft is not None
             and draft.uses_model
+            and self.tails is None
             and draft.most > 0
             and (self._drafts.reads_prompts or draft.asked)
         )
@@ -543,10 +553,12 @@ class Scheduler:
         """Blocks for drafts, if nobody else may soon need them: of a tree whole or, as a chain, of
         as many drafts as have room."""
         running, num_tokens = share.running, draft.num_tokens
-        if draft.tree is not None and self._may_branch(running):
-            if self._grow_if_spare(running, share.length + draft.tree.num_slots(num_tokens)):
-                share.num_draft_tokens, share.tree = num_tokens, draft.tree
-                return
+        tree = draft.tree if self._may_branch(running) else None
+        if tree is not None and self._grow_if_spare(
+            running, share.length + tree.num_slots(num_tokens)
+        ):
+            share.num_draft_tokens, share.tree = num_tokens, tree
+            return
         if not self._grow_if_spare(running, share.length + num_tokens):
             num_tokens = len(running.blocks) * self.limits.block_size - share.length
         share.num_draft_tokens = num_tokens
@@ -597,6 +609,7 @@ class Scheduler:
                 continue
             running.state = State.RUNNING
             insort(self._running, running, key=lambda each: each.key)
+            self._draft_ahead(running)
             if running.request.produce is not None:
                 self._offer(running)
             num_tokens = self._fitting(running, num_tokens)
@@ -608,6 +621,18 @@ class Scheduler:
     def _will_free_blocks(self) -> bool:
         """Whether anybody holds blocks who will give them back."""
         return bool(self._running or self._flights or self.transfers.holds_blocks)
+
+    def _draft_ahead(self, running: RunningRequest) -> None:
+        """Have drafts made for it as long as it runs, where they are made ahead."""
+        draft, spec = running.draft, self._speculation
+        if self.tails is None or draft is None or spec is None:
+            return
+        draft.tail = self.tails.open(
+            running.request,
+            running.token_ids,
+            # what is verified, the token that comes with it, and as much again while that goes on
+            num_ahead=spec.max_ahead or 2 * draft.most + 1,
+        )
 
     @property
     def _has_suspect(self) -> bool:
@@ -778,6 +803,9 @@ class Scheduler:
         num_drafts = share.num_draft_tokens
         drafter = draft.drafter if num_drafts and draft is not None else "draft_model"
         blocks = running.blocks
+        ready: tuple[int, ...] = ()
+        if num_drafts and draft is not None and draft.tail is not None:
+            ready, num_drafts = draft.tail.first(num_drafts), 0
         if running.announced:
             new_blocks = tuple(blocks[share.num_blocks :]) if len(blocks) > share.num_blocks else ()
             return ScheduledRequest(
@@ -786,6 +814,7 @@ class Scheduler:
                 num_draft_tokens=num_drafts,
                 tree=share.tree,
                 drafter=drafter,
+                draft_token_ids=ready,
                 read_draft=share.read_draft,
                 new_blocks=new_blocks,
             )
@@ -797,6 +826,7 @@ class Scheduler:
             num_draft_tokens=num_drafts,
             tree=share.tree,
             drafter=drafter,
+            draft_token_ids=ready,
             read_draft=share.read_draft,
             new_blocks=tuple(blocks),
             request=running.request,
@@ -870,6 +900,8 @@ class Scheduler:
         self._settle(running)
         num_accepted = min(each.num_accepted, len(token_ids))
         draft = running.draft
+        if draft is not None and draft.tail is not None:
+            draft.tail.commit()
         if draft is not None and draft.index is not None and end is None:
             index = draft.index
             index.extend(running.token_ids[len(index) :])
@@ -944,8 +976,9 @@ class Scheduler:
         first_rows = num_passes = later_rows = 0
         for share in shares:
             num_drafts = share.num_draft_tokens
-            if num_drafts and share.draft is not None and share.draft.drafter == "draft_model":
-                first_rows += share.draft.lag
+            draft = share.draft if self.tails is None else None
+            if num_drafts and draft is not None and draft.drafter == "draft_model":
+                first_rows += draft.lag
                 num_passes = max(num_passes, num_drafts)
                 later_rows += share.num_draft_rows - 1
             elif share.read_draft:
@@ -995,6 +1028,7 @@ class Scheduler:
         for running in seated:
             was_fetching = running.state is State.FETCHING
             running.transfer = None
+            self._stop_ahead(running)
             running.lose_blocks()
             running.events.append((Event.PREEMPTED, now_s))
             self._wait(running)
@@ -1093,6 +1127,7 @@ class Scheduler:
         if running.announced:
             self._finished.append(running.request_id)
             running.announced = False
+        self._stop_ahead(running)
         if running.in_flight:
             return
         blocks = [block for block in reversed(running.blocks) if block != GONE]
@@ -1103,6 +1138,13 @@ class Scheduler:
             running.transfer = None
         running.lose_blocks()
 
+    def _stop_ahead(self, running: RunningRequest) -> None:
+        """No more drafts for one that runs no more."""
+        draft = running.draft
+        if self.tails is not None and draft is not None and draft.tail is not None:
+            self.tails.close(running.request_id)
+            draft.tail = None
+
     # ----------------------------------------------------------------------------- coming and going
 
     def _draft_state(self, request: Request) -> DraftState | None:
@@ -1110,6 +1152,8 @@ class Scheduler:
         asked = request.num_draft_tokens
         if spec is None or asked == 0:
             return None
+        if spec.ahead and not self._policies[request.params.kv_policy].shares_prefixes:
+            return None  # a drafter that is ahead keeps whole texts
         index = None
         if spec.method != "draft_model":
             index = NgramIndex(
@@ -1178,8 +1222,14 @@ def make_scheduler(config: EngineConfig, *, max_model_len: int, num_blocks: int)
         else DraftShape(kind=spec.tree, width=spec.tree_width, nodes=spec.tree_nodes),
         lookup_min=spec.prompt_lookup_min,
         lookup_max=spec.prompt_lookup_max,
+        ahead=config.drafts_ahead,
+        max_ahead=spec.max_tokens_ahead,
     )
     return Scheduler(limits, speculation=speculation)
+
+
+def _runs(running: RunningRequest) -> bool:
+    return running.state is State.RUNNING
 
 
 def _terminal(

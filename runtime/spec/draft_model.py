@@ -226,7 +226,7 @@ class _Drafting:
         self._rejection = rejection
         self._ids: list[Tensor] = []
         self._probs: list[Tensor | None] = []
-        self._told: list[list[int]] = [[] for _ in asks]
+        self._told: list[list[int]] = [list(ask.drafted) for ask in asks]
         """Drafts so far, where drawing the next one needs them."""
 
     @property

@@ -22,6 +22,8 @@ class Ask:
     num_tokens: int
     tree: DraftShape | None = None
     """How they may branch, `num_tokens` deep; a drafter that does not branch drafts a chain."""
+    drafted: tuple[int, ...] = ()
+    """Drafts at the end of the sequence's tokens: there already, and not known to its sampling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

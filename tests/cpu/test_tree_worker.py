@@ -338,7 +338,9 @@ def test_texts_by_rejection_come_as_often_as_the_target_makes_them(
     assert_exact(compare(counts, law))
 
 
-def _paths(driver: Driver, prompt: list[int], *, length: int) -> list[tuple[tuple[int, ...], float]]:
+def _paths(
+    driver: Driver, prompt: list[int], *, length: int
+) -> list[tuple[tuple[int, ...], float]]:
     """Every continuation by the target's three best tokens, and its chance at temperature 1.2."""
     if length == 0:
         return [((), 1.0)]

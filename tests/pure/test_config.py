@@ -309,6 +309,66 @@ def test_a_second_plan_is_in_flight_where_that_is_wanted(
     assert (config.plans_in_flight, config.interleaved) == (plans, interleaved)
 
 
+@pytest.mark.parametrize(("target", "draft_ranks", "drafter"), [(1, None, 1), (4, 2, 2)])
+def test_a_drafter_that_is_ahead_has_ranks_of_its_own(
+    target: int, draft_ranks: int | None, drafter: int
+) -> None:
+    spec = {"schedule": "ahead", "draft_ranks": draft_ranks}
+    config = make_config({"tensor_parallel_size": target, "speculative_config": spec})
+    assert config.drafts_ahead
+    assert (config.world_size, config.draft_size) == (target, drafter)
+    assert config.num_ranks == target + drafter
+    assert config.shared_draft_size == 0
+
+
+def test_in_lockstep_all_ranks_are_of_one_world() -> None:
+    config = make_config(
+        {"tensor_parallel_size": 2, "speculative_config": {"draft_tensor_parallel_size": 3}}
+    )
+    assert not config.drafts_ahead
+    assert (config.world_size, config.num_ranks, config.shared_draft_size) == (3, 3, 3)
+    assert EngineConfig(tensor_parallel_size=2).num_ranks == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "more", "reason"),
+    [
+        ({"method": "ngram"}, {}, "schedule ahead needs a draft model, method is ngram"),
+        ({"verification": "rejection"}, {}, "schedule ahead needs verification coupled"),
+        ({"draft_tensor_parallel_size": 2}, {}, "with schedule ahead say draft_ranks"),
+        ({}, {"kv_transfer_config": {}}, "with schedule ahead no KV moves between engines"),
+        ({"schedule": "lockstep", "draft_ranks": 1}, {}, "draft_ranks is for schedule ahead"),
+        (
+            {"schedule": "lockstep", "max_tokens_ahead": 1},
+            {},
+            "max_tokens_ahead is for schedule ahead",
+        ),
+        (
+            {"draft_ranks": 2},
+            {"distributed_executor_backend": "uni"},
+            "distributed_executor_backend uni has one rank; 2 are asked for",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_schedule_is_refused(
+    spec: dict[str, Any], more: dict[str, Any], reason: str
+) -> None:
+    assert reason in refusal({"speculative_config": {"schedule": "ahead", **spec}, **more})
+
+
+def test_a_drafter_that_is_ahead_may_share_the_device_of_one_rank() -> None:
+    spec = {"schedule": "ahead"}
+    config = make_config({"distributed_executor_backend": "uni", "speculative_config": spec})
+    assert (config.world_size, config.draft_size) == (1, 1)
+
+
+def test_engines_that_draft_ahead_cannot_read_prompts_for_each_other() -> None:
+    config = make_config({"speculative_config": {"schedule": "ahead"}})
+    with pytest.raises(ConfigError, match="prefill_replicas: with schedule ahead no KV moves"):
+        check_fleet(make_fleet({"prefill_replicas": 1}), config)
+    check_fleet(make_fleet({"decode_replicas": 2}), config)
+
+
 def test_config_cannot_be_changed() -> None:
     with pytest.raises(AttributeError, match="immutable"):
         EngineConfig().seed = 1  # type: ignore[misc]

@@ -64,7 +64,7 @@ def make(
     clock: Callable[[], float] | None = None,
     **more: Any,
 ) -> Scheduler:
-    speculation = {key: more.pop(key) for key in ("adaptive",) if key in more}
+    speculation = {key: more.pop(key) for key in ("adaptive", "ahead") if key in more}
     return Scheduler(
         Limits(
             num_blocks=num_blocks,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from msgspec import inspect
 
 from paceline.runtime import channel, link, types
+from paceline.runtime.ahead import messages as ahead
 from paceline.runtime.transfer import messages
 from paceline.runtime.types import (
     Event,
@@ -23,7 +24,7 @@ from paceline.runtime.types import (
 
 WIRE_TYPES = [
     each
-    for module in (types, channel, link, messages)
+    for module in (types, channel, link, messages, ahead)
     for each in vars(module).values()
     if isinstance(each, type) and issubclass(each, WireType) and each.__module__ == module.__name__
     if each is not WireType
@@ -102,6 +103,7 @@ def test_the_list_of_wire_types_is_whole() -> None:
         "Hop",
         "TokenDelta",
         "StepStats",
+        "DraftPass",
         "KvLinks",
         "TransferTotals",
         "EngineStatus",
@@ -122,6 +124,12 @@ def test_the_list_of_wire_types_is_whole() -> None:
         "TransferStats",
         "Ended",
         "LinkReady",
+        "Sync",
+        "Commit",
+        "Close",
+        "Orders",
+        "Tail",
+        "Tails",
     ]
 
 
@@ -172,7 +180,8 @@ def test_fields_are_given_by_name_only(wire_type: type[WireType]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wire_type", [types.StepPlan, types.StepResult, channel.Hello, link.Submit]
+    "wire_type",
+    [types.StepPlan, types.StepResult, channel.Hello, link.Submit, ahead.Orders, ahead.Tails],
 )
 def test_message_that_opens_or_answers_carries_the_version(wire_type: type[WireType]) -> None:
     version = next(f for f in msgspec.structs.fields(wire_type) if f.name == "version")

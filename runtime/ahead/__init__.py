@@ -1,0 +1,1 @@
+"""Drafting ahead: a drafter on ranks of its own, that goes on while the target verifies."""
