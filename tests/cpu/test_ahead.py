@@ -27,7 +27,7 @@ from paceline.runtime.sampling.batch import SampleState
 from paceline.runtime.sequence import Sequence as TextOnRank
 from paceline.runtime.spec.calibrate import Calibration, DraftRows
 from paceline.runtime.spec.drafter import Ask
-from paceline.runtime.types import Request, StepPlan, StepResult
+from paceline.runtime.types import Request, StepResult
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9]]
 AS_TOKENS: list[Prompt] = [TokensPrompt(prompt_token_ids=prompt) for prompt in PROMPTS]
@@ -255,13 +255,13 @@ def engine_of(llm: LLM) -> Engine:
 
 
 def slow_down(engine: Engine) -> None:
-    step = engine.executor.step
+    receive = engine.executor.receive
 
-    def slow(plan: StepPlan) -> StepResult:
+    def slow() -> StepResult:
         time.sleep(STEP_S)
-        return step(plan)
+        return receive()
 
-    engine.executor.step = slow  # type: ignore[method-assign]
+    engine.executor.receive = slow  # type: ignore[method-assign]
 
 
 def texts(outputs: list[RequestOutput]) -> list[list[int]]:

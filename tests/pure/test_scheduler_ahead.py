@@ -8,7 +8,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.pure.test_scheduler import Run, make, make_request, solo, text_token
+from tests.pure.test_scheduler import Drafted, Run, make, make_request, solo, text_token
 
 from paceline.runtime.ahead.messages import Close, Commit, Order, Sync
 from paceline.runtime.ahead.text import DraftedText
@@ -60,7 +60,11 @@ class Target:
         self.texts: dict[str, tuple[Request, list[int], int]] = {}
         self.drafted = self.accepted = 0
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def draft(self, plan: StepPlan) -> Drafted:
+        return Drafted(plan, [])
+
+    def verify(self, drafted: Drafted) -> StepResult:
+        plan = drafted.plan
         for request_id in plan.finished:
             del self.texts[request_id]
         results = []

@@ -16,7 +16,7 @@ from paceline.runtime.config import make_config
 from paceline.runtime.engine import Engine
 from paceline.runtime.local import LocalDraftRanks, local_engine
 from paceline.runtime.preflight import examine
-from paceline.runtime.types import Request, SamplingParams, StepPlan, StepResult
+from paceline.runtime.types import Request, SamplingParams, StepResult
 
 SOON_S = 60.0
 
@@ -47,16 +47,16 @@ def engine(tiny: Callable[..., Path]) -> Any:
         )
         served = local_engine(config, examine(config))
         made.append(served)
-        step = served.executor.step
+        receive = served.executor.receive
 
-        def slow(plan: StepPlan) -> StepResult:
+        def slow() -> StepResult:
             tails = served.scheduler.tails
             assert tails is not None
             if len(tails):
                 time.sleep(step_s)
-            return step(plan)
+            return receive()
 
-        served.executor.step = slow  # type: ignore[method-assign]
+        served.executor.receive = slow  # type: ignore[method-assign]
         return served
 
     yield start
