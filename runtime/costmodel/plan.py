@@ -83,7 +83,11 @@ def make_plan(
         found = _chains(setting, wish)
         ways = _best_of_each(found)
         schedules = [_advised(plain, ways) or found[0], *_others(setting, wish, found)]
-    allowed = [choice for choice in schedules if wish.schedule in (None, _schedule(choice))]
+    allowed = [
+        choice
+        for choice in schedules
+        if is_served(choice) and wish.schedule in (None, _drafting(choice).schedule)
+    ]
     if schedules and not allowed:
         raise ConfigError(
             f"nothing to run {wish.schedule}: it needs {NEEDS[wish.schedule or 'lockstep']}"
@@ -124,15 +128,14 @@ def _chains(setting: Setting, wish: Wish) -> list[Choice]:
 
 
 def _others(setting: Setting, wish: Wish, chains: Sequence[Choice]) -> list[Choice]:
-    """The best of what is not a chain in lockstep. Where one of these has two ways to lay out the drafter, those of the
-    best chains are looked at."""
+    """The best of what is not a chain in lockstep. Layer-parallel sizes and draft ranks are those of the best chains
+    where ranks are shared."""
     if wish.placement == "layer":
         return []
     lengths = _or(wish.num_speculative_tokens, range(1, MOST_DRAFTS + 1))
     layouts: dict[tuple[int, int], Drafting] = {}
     for choice in chains:
-        drafting = choice.drafting
-        assert drafting is not None, "expected ways to draft"
+        drafting = _drafting(choice)
         if drafting.placement == "tensor":
             layout = (drafting.layer_parallel_size, drafting.draft_tensor_parallel_size)
             layouts.setdefault(layout, drafting)
@@ -147,9 +150,15 @@ def _others(setting: Setting, wish: Wish, chains: Sequence[Choice]) -> list[Choi
     return [choice for choice in (*found, *ahead) if choice is not None]
 
 
-def _schedule(choice: Choice) -> Schedule:
+def is_served(choice: Choice) -> bool:
+    """Whether Paceline runs it: trees are not drafted ahead."""
+    drafting = choice.drafting
+    return drafting is None or not (drafting.is_tree and drafting.schedule == "ahead")
+
+
+def _drafting(choice: Choice) -> Drafting:
     assert choice.drafting is not None, "expected a way to draft"
-    return choice.drafting.schedule
+    return choice.drafting
 
 
 def _of_target(setting: Setting, choice: Choice) -> Setting:
@@ -209,8 +218,8 @@ def _best_of_each(found: Sequence[Choice]) -> list[Choice]:
     """`found` is sorted by speed."""
     best: dict[tuple[int, str], Choice] = {}
     for choice in found:
-        assert choice.drafting is not None, "expected ways to draft"
-        best.setdefault((choice.drafting.layer_parallel_size, choice.drafting.placement), choice)
+        drafting = _drafting(choice)
+        best.setdefault((drafting.layer_parallel_size, drafting.placement), choice)
     return [best[key] for key in sorted(best, key=lambda key: (key[1] != "tensor", key[0]))]
 
 
@@ -224,8 +233,8 @@ def _advised(plain: Choice, ways: Sequence[Choice]) -> Choice | None:
 
 
 def _simplicity(choice: Choice) -> tuple[bool, int]:
-    assert choice.drafting is not None, "expected a way to draft"
-    return (choice.drafting.placement != "tensor", choice.drafting.layer_parallel_size)
+    drafting = _drafting(choice)
+    return (drafting.placement != "tensor", drafting.layer_parallel_size)
 
 
 def _smallest(setting: Setting, wish: Wish) -> RankMemory:

@@ -150,18 +150,17 @@ def _apart_memory(setting: Setting, drafting: Drafting) -> RankMemory:
 
 
 def spans_of(setting: Setting, drafting: Drafting, *, rounds: int = 4) -> list[Span]:
-    """What each rank does in the first few rounds; ahead, passes of the target."""
+    """What each rank does in the first rounds; ahead, in twice as many passes of the target."""
     stages, drafts = stages_of(setting, drafting), drafts_of(setting, drafting)
-    mine = range(drafting.draft_tensor_parallel_size)
-    first = target_ranks(setting, drafting)
+    first, mine = target_ranks(setting, drafting), range(drafting.draft_tensor_parallel_size)
+    if drafting.schedule == "ahead":
+        lanes = Lanes(target=range(first), drafter=[first + rank for rank in mine])
+        ahead(stages, drafts, batch=setting.batch, passes=2 * rounds, seed=SEED, lanes=lanes)
+        return lanes.spans
     lanes = Lanes(target=range(first), drafter=mine)
     if drafting.schedule == "lockstep":
         draw_lockstep(stages, drafts, rounds=rounds, lanes=lanes)
-    elif drafting.schedule == "interleaved":
-        draw_interleaved(
-            stages, drafts, together_s=together_s(setting, drafting), rounds=rounds, lanes=lanes
-        )
     else:
-        lanes = Lanes(target=range(first), drafter=[first + rank for rank in mine])
-        ahead(stages, drafts, batch=setting.batch, passes=rounds, seed=SEED, lanes=lanes)
+        beside_s = together_s(setting, drafting)
+        draw_interleaved(stages, drafts, together_s=beside_s, rounds=rounds, lanes=lanes)
     return lanes.spans
