@@ -135,9 +135,8 @@ def ahead(
     """
     rng = random.Random(seed)
     trees = [Tree(drafts.exact, drafts.grouped, rng) for _ in range(batch)]
-    room = drafts.width * (
-        2 * drafts.depth + 1
-    )  # what is checked, as much again, and the token between
+    # what the target checks, as much again, and its own token between
+    room = drafts.width * (2 * drafts.depth + 1)
     lanes = lanes or Lanes()
     tokens = done = 0
     exact_s = grouped_s = now_s = 0.0

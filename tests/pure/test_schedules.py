@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from collections import defaultdict
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.pure.test_plan import PAIR, machine_of, plan_of, run, setting_of
+from tests.pure.test_plan import PAIR, SIZING, machine_of, plan_of, run, setting_of
 
+from paceline.actors.commands.plan_schedules import name_of
 from paceline.runtime.costmodel.acceptance import chain_tokens, parallel_tokens
 from paceline.runtime.costmodel.passes import EAGER
 from paceline.runtime.costmodel.plan import Wish, is_served, speculative_config
@@ -333,3 +335,21 @@ def test_the_target_gets_the_ranks_that_the_drafter_leaves(
     found = json.loads(run(asked, capsys))
     assert "--tensor-parallel-size 6 " in found["advice"][0]
     assert found["best"]["drafting"]["draft_tensor_parallel_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("drafter", "chance", "batch"),
+    [("1B", 0.75, 1), ("1B", 0.9, 8), ("8B", 0.75, 32), ("8B", 0.9, 128)],
+)
+def test_the_page_has_the_speed_ups_of_the_model(drafter: str, chance: float, batch: int) -> None:
+    """One cell of each row."""
+    (line,) = re.findall(rf"^\| {drafter}, {chance:g} \| (.*) \|$", SIZING.read_text(), re.M)
+    cell = line.split(" | ")[[1, 8, 32, 128].index(batch)]
+    shape = SHAPES["Llama-3.2-1B" if drafter == "1B" else "Llama-3-8B"]
+    setting = setting_of(drafter=shape, acceptance=chance, batch=batch, context=1024)
+    plan = plan_of(setting, prompt=512, output=512)
+    best = sorted(plan.schedules, key=lambda choice: -choice.tokens_per_s)[:2]
+    assert cell == ", ".join(
+        f"{name_of(choice).replace(',', '')} {choice.tokens_per_s / plan.plain.tokens_per_s:.2f}"
+        for choice in best
+    )
