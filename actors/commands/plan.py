@@ -16,7 +16,7 @@ from paceline.runtime.config import EngineConfig
 from paceline.runtime.costmodel import gpus, memory
 from paceline.runtime.costmodel.acceptance import KEPT
 from paceline.runtime.costmodel.passes import EAGER, GRAPHS, Machine
-from paceline.runtime.costmodel.plan import Wish, make_plan
+from paceline.runtime.costmodel.plan import NEEDS, Wish, make_plan
 from paceline.runtime.costmodel.rounds import Setting
 from paceline.runtime.costmodel.shapes import SHAPES, Shape, known_shape
 from paceline.runtime.errors import ConfigError, ModelError
@@ -105,6 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Split every layer, or give ranks whole ones.",
     )
     fixed.add_argument(
+        "--schedule",
+        choices=tuple(NEEDS),
+        help="Draft, then verify; both for halves of the batch in turn; or on ranks apart.",
+    )
+    fixed.add_argument(
         "--gpu-memory-utilization",
         type=_number(float, above=0.0, most=1.0),
         default=ENGINE.gpu_memory_utilization,
@@ -179,6 +184,7 @@ def _question(args: argparse.Namespace) -> Question:
             layer_parallel_size=args.layer_parallel_size,
             draft_tensor_parallel_size=draft_ranks,
             placement=args.placement,
+            schedule=args.schedule,
         ),
         num_engines=args.gpus // ranks,
         num_gpus=args.gpus,

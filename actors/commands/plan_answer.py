@@ -9,12 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from paceline.actors.commands.plan_schedules import reasons, schedules_table, timelines
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.costmodel import gpus
 from paceline.runtime.costmodel.acceptance import KEPT
 from paceline.runtime.costmodel.memory import RankMemory
 from paceline.runtime.costmodel.plan import Plan, Wish, speculative_config
 from paceline.runtime.costmodel.rounds import Choice, Setting
+from paceline.runtime.costmodel.schedules import target_ranks
+from paceline.runtime.costmodel.tree import child_chances
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +56,8 @@ def _advice(question: Question, plan: Plan) -> list[str]:
 def _command(question: Question, plan: Plan) -> str:
     setting, best = question.setting, plan.best
     flags = ["paceline", "serve", question.model]
-    flags += ["--tensor-parallel-size", str(setting.ranks), "--max-model-len", str(setting.context)]
+    ranks = setting.ranks if best.drafting is None else target_ranks(setting, best.drafting)
+    flags += ["--tensor-parallel-size", str(ranks), "--max-model-len", str(setting.context)]
     fits = best.memory.kv_tokens // setting.context
     if fits < EngineConfig().max_num_seqs:
         flags += ["--max-num-seqs", str(max(setting.batch, fits))]
@@ -112,6 +116,12 @@ def _assumptions(question: Question) -> list[str]:
             f"acceptance {question.setting.acceptance:g} of the exact drafter; left of it with N layers side by "
             f"side: {kept}"
         )
+        chances = child_chances(question.setting.acceptance, 4)
+        lines.append(
+            "of a tree's node the children are right in "
+            + ", ".join(f"{chance:.0%}" for chance in chances)
+            + " of cases; stages side by side on a rank share its memory's bandwidth, its arithmetic and its host"
+        )
     lines.append("nothing here was measured: see deploy/sizing.md for how far to trust it")
     return lines
 
@@ -128,6 +138,12 @@ def show(question: Question, plan: Plan) -> None:
     )
     console.print(_memory_table(setting, mine))
     console.print(_ways_table(plan))
+    if plan.schedules:
+        console.print(schedules_table(setting, plan))
+        console.print("Why")
+        for line in reasons(setting, plan):
+            console.print(f"  {line}", markup=False)
+        console.print()
     console.print("Advice")
     for line in _advice(question, plan):
         console.print(f"  {line}", markup=False)
@@ -160,7 +176,7 @@ def _memory_table(setting: Setting, mine: RankMemory) -> Table:
 
 def _ways_table(plan: Plan) -> Table:
     table = Table(
-        title="A round, ms, with the best draft length of each way (*: advised; layer: whole layers per rank)",
+        title="Chains in lockstep, ms, each way's best length (*: advised; layer: whole layers per rank)",
         title_justify="left",
     )
     table.add_column("drafting", no_wrap=True)
@@ -229,6 +245,9 @@ def as_json(question: Question, plan: Plan) -> dict[str, Any]:
         "question": asdict(question),
         "plain": choice(plan.plain),
         "ways": [choice(way) for way in plan.ways],
+        "schedules": [choice(way) for way in plan.schedules],
+        "reasons": reasons(question.setting, plan),
+        "timelines": timelines(question.setting, plan),
         "best": choice(plan.best),
         "speedup": plan.speedup,
         "prefill": asdict(plan.apart) | {"pays": plan.apart.pays},

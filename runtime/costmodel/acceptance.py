@@ -28,9 +28,15 @@ def chain_tokens(chance: float, num_drafts: int) -> float:
     return round_tokens([chance] * num_drafts)
 
 
-def layer_parallel_chances(chance: float, num_drafts: int, *, size: int) -> list[float]:
-    """Of each draft of a round, from the chance of an exact drafter."""
-    return [chance if i == 0 else chance * KEPT[size] for i in range(num_drafts)]
+def parallel_tokens(chance: float, window: int) -> float:
+    """That a pass of the target emits on average where it and the drafter, on ranks of its own, take equally long for
+    `window` drafts: PEARL (arXiv 2408.11850), which begins anew after a mismatch with a pass over one token.
+
+    After such a pass comes one over a window with the chance a, and after a window another one with the chance
+    a^n; passes over a window emit (1 - a^n) / (1 - a) tokens, the others one.
+    """
+    all_kept = chance**window
+    return (1 - all_kept) / ((1 - chance) * (1 + chance - all_kept))
 
 
 def tree_tokens(acceptance: float, depth: int) -> float:

@@ -8,6 +8,7 @@ Rank 0 is the fullest: it belongs to both models, and where something does not d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from paceline.parallel.layer import Groups, exact_groups
 from paceline.parallel.shard import shard_group, split
@@ -36,6 +37,7 @@ class Held:
         return self.attention + self.mlp + self.tables
 
 
+@cache
 def held(shape: Shape, *, ranks: int, groups: Groups | None = None) -> Held:
     """Rank 0's part of a model that is split over `ranks`, its layers in `groups`."""
     units = queries = ff = 0

@@ -86,6 +86,9 @@ class Pass:
     collectives_s: float
     launches_s: float
     """The host's; beside the device's, not on top."""
+    busy_s: float
+    """Of the device's time, reading and computing: what another pass beside this one cannot have as well. The rest is
+    waiting, for other ranks or for a kernel to begin."""
 
     @property
     def device_s(self) -> float:
@@ -164,14 +167,17 @@ def _pass(
         return max((num_bytes + more_bytes) / gpu.read_rate, flops / gpu.flops)
 
     attention_s = block_s(part.attention, more_bytes=kv_bytes, more_flops=scores)
+    mlp_s = block_s(part.mlp)
     launches = attentions * execution.attention_launches + layers * execution.mlp_launches + sums
     head_flops = 2 * part.head / shape.itemsize * load.outputs
+    head_s = max(part.head / gpu.read_rate, head_flops / gpu.flops)
     return Pass(
         attention_s=attention_s + attentions * execution.attention_s,
-        mlp_s=block_s(part.mlp) + layers * execution.mlp_s,
-        head_s=max(part.head / gpu.read_rate, head_flops / gpu.flops),
+        mlp_s=mlp_s + layers * execution.mlp_s,
+        head_s=head_s,
         collectives_s=sums * sum_s,
         launches_s=launches * execution.launch_s,
+        busy_s=attention_s + mlp_s + head_s,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from paceline.runtime.costmodel.acceptance import KEPT
@@ -19,6 +19,9 @@ from paceline.runtime.costmodel.rounds import (
     engine_memory,
     evaluate,
 )
+from paceline.runtime.costmodel.schedules import target_ranks
+from paceline.runtime.costmodel.search import best_ahead, best_interleaved, best_tree
+from paceline.runtime.costmodel.simulate import Schedule
 from paceline.runtime.costmodel.transfers import Apart, apart
 from paceline.runtime.errors import ConfigError
 
@@ -26,6 +29,13 @@ T = TypeVar("T")
 
 WORTHWHILE = 1.05
 """Less than that is within what the model does not know: the simpler way is advised."""
+LAYOUTS = 3
+"""Layer-parallel size and draft ranks of so many chains are tried for trees and halves too."""
+NEEDS: dict[Schedule, str] = {
+    "lockstep": "a drafter",
+    "interleaved": "a batch of two and placement tensor",
+    "ahead": "ranks for both models, room for the KV on each, and placement tensor",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +46,7 @@ class Wish:
     layer_parallel_size: int | None = None
     draft_tensor_parallel_size: int | None = None
     placement: Placement | None = None
+    schedule: Schedule | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +56,9 @@ class Plan:
     plain: Choice
     """Without a drafter."""
     ways: tuple[Choice, ...]
-    """The best of each layer-parallel size and placement; none without a drafter."""
+    """Chains in lockstep: the best of each layer-parallel size and placement; none without a drafter."""
+    schedules: tuple[Choice, ...]
+    """The advised one of these first, then the best tree, and the best of each other schedule."""
     best: Choice
     apart: Apart
 
@@ -65,27 +78,94 @@ def make_plan(
     plain = evaluate(setting, None)
     check_fits(setting, plain.memory)
     ways: list[Choice] = []
+    schedules: list[Choice] = []
     if setting.drafter is not None:
-        found = choices(
-            setting,
-            sizes=_or(wish.layer_parallel_size, tuple(KEPT)),
-            draft_ranks=_or(wish.draft_tensor_parallel_size, _powers(setting.ranks)),
-            lengths=_or(wish.num_speculative_tokens, range(1, MOST_DRAFTS + 1)),
-            placements=_or(wish.placement, ("tensor", "layer")),
-        )
-        if not found:
-            check_fits(setting, _smallest(setting, wish))
-            raise ConfigError("placement layer needs several draft ranks and layers side by side")
+        found = _chains(setting, wish)
         ways = _best_of_each(found)
-    best = _advised(plain, ways)
+        schedules = [_advised(plain, ways) or found[0], *_others(setting, wish, found)]
+    allowed = [
+        choice
+        for choice in schedules
+        if is_served(choice) and wish.schedule in (None, _drafting(choice).schedule)
+    ]
+    if schedules and not allowed:
+        raise ConfigError(
+            f"nothing to run {wish.schedule}: it needs {NEEDS[wish.schedule or 'lockstep']}"
+        )
+    best = plain
+    for choice in allowed:  # from simple to less so
+        if choice.tokens_per_s > WORTHWHILE * best.tokens_per_s:
+            best = choice
     return Plan(
         plain=plain,
         ways=tuple(ways),
+        schedules=tuple(schedules),
         best=best,
         apart=apart(
-            setting, best, prompt=prompt, output=output, chunk=chunk, num_engines=num_engines
+            _of_target(setting, best),
+            best,
+            prompt=prompt,
+            output=output,
+            chunk=chunk,
+            num_engines=num_engines,
         ),
     )
+
+
+def _chains(setting: Setting, wish: Wish) -> list[Choice]:
+    """In lockstep, the fastest first."""
+    found = choices(
+        setting,
+        sizes=_or(wish.layer_parallel_size, tuple(KEPT)),
+        draft_ranks=_or(wish.draft_tensor_parallel_size, _powers(setting.ranks)),
+        lengths=_or(wish.num_speculative_tokens, range(1, MOST_DRAFTS + 1)),
+        placements=_or(wish.placement, ("tensor", "layer")),
+    )
+    if not found:
+        check_fits(setting, _smallest(setting, wish))
+        raise ConfigError("placement layer needs several draft ranks and layers side by side")
+    return found
+
+
+def _others(setting: Setting, wish: Wish, chains: Sequence[Choice]) -> list[Choice]:
+    """The best of what is not a chain in lockstep. Layer-parallel sizes and draft ranks are those of the best chains
+    where ranks are shared."""
+    if wish.placement == "layer":
+        return []
+    lengths = _or(wish.num_speculative_tokens, range(1, MOST_DRAFTS + 1))
+    layouts: dict[tuple[int, int], Drafting] = {}
+    for choice in chains:
+        drafting = _drafting(choice)
+        if drafting.placement == "tensor":
+            layout = (drafting.layer_parallel_size, drafting.draft_tensor_parallel_size)
+            layouts.setdefault(layout, drafting)
+    like = list(layouts.values())[:LAYOUTS]
+    found = [best_tree(setting, like, lengths), best_interleaved(setting, like, lengths)]
+    ahead = best_ahead(
+        setting,
+        draft_ranks=_or(wish.draft_tensor_parallel_size, _powers(setting.ranks)),
+        sizes=_or(wish.layer_parallel_size, tuple(KEPT)),
+        lengths=lengths,
+    )
+    return [choice for choice in (*found, *ahead) if choice is not None]
+
+
+def is_served(choice: Choice) -> bool:
+    """Whether Paceline runs it: trees are not drafted ahead."""
+    drafting = choice.drafting
+    return drafting is None or not (drafting.is_tree and drafting.schedule == "ahead")
+
+
+def _drafting(choice: Choice) -> Drafting:
+    assert choice.drafting is not None, "expected a way to draft"
+    return choice.drafting
+
+
+def _of_target(setting: Setting, choice: Choice) -> Setting:
+    """With the ranks that the target has under this choice."""
+    if choice.drafting is None:
+        return setting
+    return replace(setting, ranks=target_ranks(setting, choice.drafting))
 
 
 def check_fits(setting: Setting, memory: RankMemory) -> None:
@@ -107,8 +187,17 @@ def speculative_config(drafter: str, drafting: Drafting) -> str:
     config: dict[str, str | int] = {
         "model": drafter,
         "num_speculative_tokens": drafting.num_speculative_tokens,
-        "draft_tensor_parallel_size": drafting.draft_tensor_parallel_size,
     }
+    if drafting.schedule != "lockstep":
+        config["schedule"] = drafting.schedule
+    ranks = "draft_ranks" if drafting.schedule == "ahead" else "draft_tensor_parallel_size"
+    config[ranks] = drafting.draft_tensor_parallel_size
+    if drafting.is_tree:
+        config |= {
+            "tree": "beam",
+            "tree_width": drafting.tree_width,
+            "tree_nodes": drafting.num_nodes,
+        }
     if drafting.layer_parallel_size > 1:
         config["layer_parallel_size"] = drafting.layer_parallel_size
     if drafting.placement != "tensor":
@@ -129,23 +218,23 @@ def _best_of_each(found: Sequence[Choice]) -> list[Choice]:
     """`found` is sorted by speed."""
     best: dict[tuple[int, str], Choice] = {}
     for choice in found:
-        assert choice.drafting is not None, "expected ways to draft"
-        best.setdefault((choice.drafting.layer_parallel_size, choice.drafting.placement), choice)
+        drafting = _drafting(choice)
+        best.setdefault((drafting.layer_parallel_size, drafting.placement), choice)
     return [best[key] for key in sorted(best, key=lambda key: (key[1] != "tensor", key[0]))]
 
 
-def _advised(plain: Choice, ways: Sequence[Choice]) -> Choice:
-    """The fastest, unless something simpler is about as fast."""
+def _advised(plain: Choice, ways: Sequence[Choice]) -> Choice | None:
+    """The fastest, unless something simpler is about as fast; None where none is worth it."""
     best = plain
     for way in sorted(ways, key=_simplicity):
         if way.tokens_per_s > WORTHWHILE * best.tokens_per_s:
             best = way
-    return best
+    return None if best is plain else best
 
 
 def _simplicity(choice: Choice) -> tuple[bool, int]:
-    assert choice.drafting is not None, "expected a way to draft"
-    return (choice.drafting.placement != "tensor", choice.drafting.layer_parallel_size)
+    drafting = _drafting(choice)
+    return (drafting.placement != "tensor", drafting.layer_parallel_size)
 
 
 def _smallest(setting: Setting, wish: Wish) -> RankMemory:

@@ -1,8 +1,10 @@
-"""A round of speculation: drafting, verifying, telling; and which way of drafting gives most tokens per second.
+"""A round of speculation in lockstep: drafting, verifying, telling; and the way of drafting that gives most tokens.
 
     round = exact pass of the drafter  +  (n - 1) grouped passes  +  the target's pass over 1 + n tokens  +  telling
 
-The exact pass is calibration and first draft in one. All sequences of a batch share every pass.
+The exact pass is calibration and first draft in one. All sequences of a batch share every pass. Of a tree, n is the
+depth, a grouped pass forwards its `width` of nodes, and the target's goes over 1 + `nodes` tokens. The other schedules:
+`schedules.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from paceline.parallel.layer import Groups, layer_groups
-from paceline.runtime.costmodel.acceptance import KEPT, layer_parallel_chances, round_tokens
+from paceline.runtime.costmodel.acceptance import KEPT
 from paceline.runtime.costmodel.memory import Held, RankMemory, held, rank_memory
-from paceline.runtime.costmodel.passes import Load, Machine, split_pass, whole_pass
+from paceline.runtime.costmodel.passes import Load, Machine, Pass, split_pass, whole_pass
 from paceline.runtime.costmodel.shapes import Shape
+from paceline.runtime.costmodel.simulate import Drafts, Schedule
+from paceline.runtime.costmodel.tree import MOST_CHILDREN, child_chances
 
 MOST_DRAFTS = 16
 """Longer drafts are not looked at: hardly any pair keeps so many."""
@@ -27,9 +31,24 @@ class Drafting:
     """A way to draft, in the words of `speculative_config`."""
 
     num_speculative_tokens: int
+    """Of a tree, its depth."""
     layer_parallel_size: int
     draft_tensor_parallel_size: int
+    """Ahead, ranks that are the drafter's alone."""
     placement: Placement = "tensor"
+    schedule: Schedule = "lockstep"
+    tree_width: int = 1
+    """1: a chain."""
+    tree_nodes: int | None = None
+    """Most that are verified at once; None: a chain's own length."""
+
+    @property
+    def is_tree(self) -> bool:
+        return self.tree_width > 1
+
+    @property
+    def num_nodes(self) -> int:
+        return self.num_speculative_tokens if self.tree_nodes is None else self.tree_nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +59,7 @@ class Setting:
     drafter: Shape | None
     machine: Machine
     ranks: int
-    """Of the target."""
+    """Of the target; where the drafter has ranks of its own, of both together."""
     batch: int
     """Sequences written side by side."""
     context: int
@@ -66,6 +85,8 @@ class Round:
     """Sending drafts and verdicts to the other ranks, and the step's own overhead."""
     tokens: float
     """That each sequence gains, on average."""
+    overlapped_s: float = 0.0
+    """Of these, what runs beside another stage; below zero where sharing a device costs more than it saves."""
 
     @property
     def drafting_s(self) -> float:
@@ -73,7 +94,7 @@ class Round:
 
     @property
     def total_s(self) -> float:
-        return self.drafting_s + self.verify_s + self.telling_s
+        return self.drafting_s + self.verify_s + self.telling_s - self.overlapped_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +109,7 @@ class Choice:
 
 
 def evaluate(setting: Setting, drafting: Drafting | None) -> Choice:
-    """Time, memory and speed of one way to draft."""
+    """Time, memory and speed of one way to draft, in lockstep."""
     made = _plain_round(setting) if drafting is None else _round(setting, drafting)
     return Choice(
         drafting=drafting,
@@ -160,30 +181,47 @@ def _plain_round(setting: Setting) -> Round:
 
 
 def _round(setting: Setting, drafting: Drafting) -> Round:
-    assert setting.drafter is not None, "expected a drafter to draft with"
-    machine, length = setting.machine, drafting.num_speculative_tokens
-    size = drafting.layer_parallel_size
-    tokens = round_tokens(layer_parallel_chances(setting.acceptance, length, size=size))
-    exact_s = draft_pass_s(setting, drafting, rows_each=tokens, exact=True)
-    grouped_s = draft_pass_s(setting, drafting, rows_each=1, exact=False)
-    verify = split_pass(
-        setting.target, setting.load(1 + length), machine=machine, ranks=setting.ranks
-    )
-    world = max(setting.ranks, drafting.draft_tensor_parallel_size)
-    telling_s = machine.execution.step_s + (
-        length * machine.all_reduce_s(0, ranks=drafting.draft_tensor_parallel_size)
-        + machine.all_reduce_s(0, ranks=world)
-    )
+    tokens = drafts_of(setting, drafting).round_tokens
+    exact = draft_pass(setting, drafting, rows_each=tokens, exact=True)
+    grouped = draft_pass(setting, drafting, rows_each=drafting.tree_width, exact=False)
     return Round(
-        exact_s=exact_s,
-        grouped_s=(length - 1) * grouped_s,
-        verify_s=verify.total_s,
-        telling_s=telling_s,
+        exact_s=exact.total_s,
+        grouped_s=(drafting.num_speculative_tokens - 1) * grouped.total_s,
+        verify_s=verify_pass(setting, drafting.num_nodes, ranks=setting.ranks).total_s,
+        telling_s=telling_s(setting, drafting),
         tokens=tokens,
     )
 
 
-def draft_pass_s(setting: Setting, drafting: Drafting, *, rows_each: float, exact: bool) -> float:
+def telling_s(setting: Setting, drafting: Drafting) -> float:
+    """Of a round: the step's own overhead, each draft and the verdict to the other ranks."""
+    machine, ranks = setting.machine, drafting.draft_tensor_parallel_size
+    return machine.execution.step_s + (
+        drafting.num_speculative_tokens * machine.all_reduce_s(0, ranks=ranks)
+        + machine.all_reduce_s(0, ranks=max(setting.ranks, ranks))
+    )
+
+
+def drafts_of(setting: Setting, drafting: Drafting) -> Drafts:
+    """What is drafted and how likely it is kept. With layers side by side only what comes of the exact pass is as
+    likely as the setting says."""
+    chance, count = setting.acceptance, MOST_CHILDREN if drafting.is_tree else 1
+    return Drafts(
+        exact=child_chances(chance, count),
+        grouped=child_chances(chance * KEPT[drafting.layer_parallel_size], count),
+        depth=drafting.num_speculative_tokens,
+        width=drafting.tree_width,
+        nodes=drafting.num_nodes,
+    )
+
+
+def verify_pass(setting: Setting, num_drafts: float, *, ranks: int) -> Pass:
+    """The target's, over one token and so many drafts of each sequence."""
+    load = setting.load(1 + num_drafts)
+    return split_pass(setting.target, load, machine=setting.machine, ranks=ranks)
+
+
+def draft_pass(setting: Setting, drafting: Drafting, *, rows_each: float, exact: bool) -> Pass:
     """One pass of the drafter, its layers in turn or side by side."""
     drafter, ranks = setting.drafter, drafting.draft_tensor_parallel_size
     assert drafter is not None, "expected a drafter to draft with"
@@ -191,9 +229,9 @@ def draft_pass_s(setting: Setting, drafting: Drafting, *, rows_each: float, exac
     groups = None if exact else _groups(drafter, drafting)
     if drafting.placement == "layer":
         if groups is None:  # every rank runs all of it, and they need not talk
-            return split_pass(drafter, load, machine=machine, ranks=1).total_s
-        return whole_pass(drafter, load, machine=machine, ranks=ranks, groups=groups).total_s
-    return split_pass(drafter, load, machine=machine, ranks=ranks, groups=groups).total_s
+            return split_pass(drafter, load, machine=machine, ranks=1)
+        return whole_pass(drafter, load, machine=machine, ranks=ranks, groups=groups)
+    return split_pass(drafter, load, machine=machine, ranks=ranks, groups=groups)
 
 
 def _drafter_part(drafter: Shape, drafting: Drafting) -> Held:

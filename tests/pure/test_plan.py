@@ -23,7 +23,7 @@ from paceline.runtime.costmodel import acceptance, memory, passes
 from paceline.runtime.costmodel.gpus import GPUS, find_gpu
 from paceline.runtime.costmodel.passes import EAGER, GRAPHS, Execution, Load, Machine
 from paceline.runtime.costmodel.plan import Wish, make_plan
-from paceline.runtime.costmodel.rounds import Drafting, Setting, choices, evaluate
+from paceline.runtime.costmodel.rounds import Drafting, Setting, choices, drafts_of, evaluate
 from paceline.runtime.costmodel.shapes import SHAPES, Shape, known_shape
 from paceline.runtime.costmodel.transfers import apart, prefill_s
 from paceline.runtime.errors import ConfigError, ModelError
@@ -86,8 +86,11 @@ def test_tokens_of_a_chain_are_the_geometric_series(chance: float, length: int) 
 
 
 def test_the_first_draft_of_a_round_is_exact_and_the_others_are_not() -> None:
-    chances = acceptance.layer_parallel_chances(0.7, 3, size=4)
-    assert chances == pytest.approx([0.7, 0.65, 0.65])
+    drafting = Drafting(
+        num_speculative_tokens=3, layer_parallel_size=4, draft_tensor_parallel_size=1
+    )
+    drafts = drafts_of(setting_of(acceptance=0.7), drafting)
+    assert drafts.round_tokens == pytest.approx(1 + 0.7 + 0.7 * 0.65 + 0.7 * 0.65**2)
 
 
 WORKED = {  # a draft pass over verifying, attention's share: tokens per verification with N = 1 .. 5
