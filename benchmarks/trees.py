@@ -177,9 +177,7 @@ def main() -> None:
     different = 0
     for number, prompt in enumerate(given):
         for rule, temperature, verification in RULES:
-            params = SamplingParams(
-                temperature=temperature, max_tokens=max_tokens, ignore_eos=True
-            )
+            params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
             request = Request(
                 request_id="r",
                 prompt_token_ids=tuple(prompt),

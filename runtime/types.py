@@ -214,10 +214,10 @@ TreeKind = Literal["beam", "dynamic", "dynamic_threshold"]
 class DraftShape(WireType, frozen=True, kw_only=True):
     """How a request's drafts branch: a tree as deep as its number of draft tokens says.
 
-        beam                 the `width` likeliest nodes of each level (EasySpec, arXiv 2502.02493),
-                             of all of them the `nodes` likeliest (EAGLE-2, arXiv 2406.16858)
-        dynamic              node after node where it promises most (DySpec, arXiv 2410.11744)
-        dynamic_threshold    level after level, all nodes that promise more than 1 / `nodes`
+    beam                 the `width` likeliest nodes of each level (EasySpec, arXiv 2502.02493),
+                         of all of them the `nodes` likeliest (EAGLE-2, arXiv 2406.16858)
+    dynamic              node after node where it promises most (DySpec, arXiv 2410.11744)
+    dynamic_threshold    level after level, all nodes that promise more than 1 / `nodes`
     """
 
     kind: TreeKind

@@ -128,7 +128,6 @@ class Kernels:
         )
         return out
 
-
     def move_rows(
         self, blocks: Tensor, *, head_dim: int, block_size: int, source: Tensor, target: Tensor
     ) -> None:

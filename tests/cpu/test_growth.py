@@ -26,7 +26,7 @@ from tests.cpu.test_lossless_rules import (
 )
 
 from paceline.runtime.sampling.sampler import Purpose, RoundUniforms, Uniforms, draw
-from paceline.runtime.spec.growth import Children, Drawn, Growth, Grown, Ranked
+from paceline.runtime.spec.growth import Children, Drawn, Grown, Growth, Ranked
 from paceline.runtime.spec.tree import ROOT, DraftTree
 from paceline.runtime.spec.verify import verify_sampled
 from paceline.runtime.types import DraftShape, TreeKind

@@ -33,7 +33,9 @@ PARAMS: list[dict[str, Any]] = [
 ]
 
 
-def request(params: dict[str, Any], *, seed: int = 0, drafts: tuple[int, ...] = ()) -> SampleRequest:
+def request(
+    params: dict[str, Any], *, seed: int = 0, drafts: tuple[int, ...] = ()
+) -> SampleRequest:
     wanted = Request(
         request_id="r",
         prompt_token_ids=(1, 2, 3, 4),

@@ -181,7 +181,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(case=cases(), levels=st.booleans())
 def test_every_node_sees_its_own_path(native: bool, case: Case, levels: bool) -> None:
     check(case, native=native, levels=levels)
@@ -228,9 +228,7 @@ def test_a_kept_path_lies_as_if_it_had_been_fed_as_text(
     case = Case(parents=parents, length=length, dtype=dtype)
     text, nodes = case.heads(length, seed=1), case.heads(len(parents), seed=2)
     passes, plain = Passes(case, native=native), Passes(case, native=native)
-    passes.feed(
-        torch.cat((text, nodes)), start=0, masks=case.tree.ancestor_mask, tree_start=length
-    )
+    passes.feed(torch.cat((text, nodes)), start=0, masks=case.tree.ancestor_mask, tree_start=length)
     path = case.tree.path(9)
     assert path == (1, 4, 7, 8, 9)
     kept = KeptPath(table=passes.place.table, tree_start=length, rows=path)
