@@ -155,10 +155,11 @@ def table_of(rows: list[report.Row]) -> list[report.Row]:
 
 def main() -> None:
     parser = report.parser(__doc__)
+    parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=96)
     args = vars(parser.parse_args())
     torch.set_num_threads(1)
-    count, max_tokens = (2, 32) if args["quick"] else (12, args["max_tokens"])
+    count, max_tokens = (2, 32) if args["quick"] else (args["prompts"], args["max_tokens"])
     facts = examine(config_of(CHAIN, "coupled", args))
     assert facts.tokenizer is not None, "expected a model with a tokenizer"
     given = prompts.given(args["prompts_file"], facts.tokenizer, count=count, length=128)

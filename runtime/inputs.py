@@ -149,15 +149,17 @@ def pack(
 def _check_tree(segment: Segment) -> None:
     """Masks must be those of rows that lie behind the tree's root, parents before children."""
     first = segment.end - len(segment.masks) - segment.tree_start
-    assert first >= 0 and segment.start <= segment.end - len(segment.masks), (
+    assert 0 <= first <= first + segment.num_rows - len(segment.masks), (
         f"expected {len(segment.masks)} tree rows behind slot {segment.tree_start}, found rows "
         f"{segment.start} to {segment.end}"
     )
     assert segment.sinks <= segment.tree_start, (
         f"a slot among {segment.sinks} sinks is its position, found a tree from {segment.tree_start}"
     )
+    end = first + len(segment.masks)
+    assert end <= MOST_NODES, f"expected trees of at most {MOST_NODES} rows, found {end}"
     for row, mask in enumerate(segment.masks, first):
-        assert row < MOST_NODES and mask.bit_length() == row + 1, (
+        assert mask.bit_length() == row + 1, (
             f"tree row {row} sees itself, and nothing after it; its mask is {mask:#b}"
         )
 

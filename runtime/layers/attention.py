@@ -150,16 +150,18 @@ def _hidden(
     for b, segment in enumerate(segments):
         if segment.masks:
             latest = min(each for each in (segment.window, window, MOST_NODES) if each)
-            seen = [_bits(_latest(mask, latest)) for mask in segment.masks]
-            within = hidden[b, -len(seen) :, segment.tree_start :]
-            found = torch.tensor(seen, device=device)[:, : within.shape[1]]
-            within.fill_(value=True)
-            within[:, : found.shape[1]] = ~found
+            masks = [_latest(mask, latest) for mask in segment.masks]
+            tree = hidden[b, -len(masks) :, segment.tree_start :]
+            tree.copy_(~_bits(masks, width=tree.shape[1], device=device))
     return hidden, column < sinks
 
 
-def _bits(mask: int) -> list[bool]:
-    return [bool(mask >> i & 1) for i in range(MOST_NODES)]
+def _bits(masks: list[int], *, width: int, device: torch.device) -> Tensor:
+    """Bit i of each mask, `[masks, width]`."""
+    signed = [mask - (mask >> 63 << 64) for mask in masks]
+    words = torch.tensor(signed, dtype=torch.int64, device=device)[:, None]
+    column = torch.arange(width, device=device)
+    return (words >> column.clamp(max=63) & 1).bool() & (column < 64)
 
 
 def _latest(mask: int, count: int) -> int:

@@ -552,13 +552,12 @@ class Scheduler:
     def _draft_blocks(self, share: _Share, draft: DraftState) -> None:
         """Blocks for drafts, if nobody else may soon need them: of a tree whole or, as a chain, of
         as many drafts as have room."""
-        running, num_tokens = share.running, draft.num_tokens
-        tree = draft.tree if self._may_branch(running) else None
-        if tree is not None and self._grow_if_spare(
-            running, share.length + tree.num_slots(num_tokens)
-        ):
-            share.num_draft_tokens, share.tree = num_tokens, tree
-            return
+        running, num_tokens, tree = share.running, draft.num_tokens, draft.tree
+        if tree is not None and self._may_branch(running):
+            end = share.length + tree.num_slots(num_tokens)
+            if self._grow_if_spare(running, end):
+                share.num_draft_tokens, share.tree = num_tokens, tree
+                return
         if not self._grow_if_spare(running, share.length + num_tokens):
             num_tokens = len(running.blocks) * self.limits.block_size - share.length
         share.num_draft_tokens = num_tokens

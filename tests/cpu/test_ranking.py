@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paceline.runtime.sampling.batch import SampleRequest, SampleState, draft_tokens, target_token
-from paceline.runtime.sampling.ranking import likeliest
+from paceline.runtime.sampling.ranking import ERROR_SCALE, likeliest
 from paceline.runtime.sampling.sampler import gumbel_noise
 from paceline.runtime.types import Request, SamplingParams
 
@@ -86,13 +86,13 @@ def test_tokens_that_are_banned_are_never_proposed() -> None:
     assert sorted(ids) == [token_id for token_id in range(V) if token_id != 5]
 
 
-def test_chances_are_those_of_the_race_in_units_of_logits() -> None:
+def test_chances_are_those_of_the_race_in_units_of_the_drafter_s_errors() -> None:
     logits_RV = random(2, V)
     hot = request({"temperature": 0.8}, seed=4, drafts=(10, 11))
     found = likeliest(logits_RV, [hot, hot], num_tokens=3, foresee=True)
     noise = gumbel_noise([4], [4 + 2 + 2], vocab_size=V, device=CPU)  # prompt, text, drafts
     for row, (ids, chances) in enumerate(found):
-        scores = (logits_RV[row] + 0.8 * noise[0]).softmax(-1)
+        scores = ((logits_RV[row] + 0.8 * noise[0]) / ERROR_SCALE).softmax(-1)
         best = scores.topk(3)
         assert ids == best.indices.tolist()
         assert chances == pytest.approx(best.values.tolist(), rel=1e-4)

@@ -181,7 +181,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(case=cases(), levels=st.booleans())
 def test_every_node_sees_its_own_path(native: bool, case: Case, levels: bool) -> None:
     check(case, native=native, levels=levels)

@@ -240,6 +240,31 @@ def test_dashes_are_underscores() -> None:
     assert make_config({"tensor-parallel-size": 3}) == EngineConfig(tensor_parallel_size=3)
 
 
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (
+            {"tree": "beam"},
+            'tree beam needs "draft_length": "fixed"; adaptive chooses among chains',
+        ),
+        (
+            {"tree": "dynamic", "draft_length": "fixed", "method": "ngram"},
+            "tree dynamic needs a draft model; ngram drafts chains",
+        ),
+        (
+            {"tree": "beam", "draft_length": "fixed", "tree_nodes": 4},
+            "tree_nodes 4 is less than one node for each of num_speculative_tokens 5 levels",
+        ),
+        (
+            {"tree": "beam", "draft_length": "fixed", "tree_width": 17},
+            "makes the drafter read 68 nodes, 64 at most: lower tree_width or num_speculative_tokens",
+        ),
+    ],
+)
+def test_tree_that_would_not_be_drafted_is_refused(spec: dict[str, Any], reason: str) -> None:
+    assert reason in refusal({"speculative_config": spec})
+
+
 def test_speculative_config_may_be_a_json_string() -> None:
     config = make_config({"speculative_config": '{"model": "m", "num_speculative_tokens": 3}'})
     assert config.speculative_config == SpeculativeConfig(model="m", num_speculative_tokens=3)

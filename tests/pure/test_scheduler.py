@@ -22,6 +22,7 @@ from paceline.runtime.errors import PromptError
 from paceline.runtime.schedule.scheduler import Limits, Scheduler, Speculation, make_scheduler
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.types import (
+    DraftShape,
     Event,
     FinishReason,
     KvPolicyName,
@@ -64,7 +65,7 @@ def make(
     clock: Callable[[], float] | None = None,
     **more: Any,
 ) -> Scheduler:
-    speculation = {key: more.pop(key) for key in ("adaptive", "ahead") if key in more}
+    speculation = {key: more.pop(key) for key in ("adaptive", "ahead", "tree") if key in more}
     return Scheduler(
         Limits(
             num_blocks=num_blocks,
@@ -152,6 +153,18 @@ class Drafted:
     known: list[Known]
 
 
+def draft_rows(each: ScheduledRequest) -> int:
+    """Rows of the target's pass that are drafts."""
+    return each.num_draft_tokens if each.tree is None else each.tree.nodes
+
+
+def draft_slots(each: ScheduledRequest) -> int:
+    """KV slots behind the fed tokens that may be written."""
+    return (
+        each.num_draft_tokens if each.tree is None else each.tree.num_slots(each.num_draft_tokens)
+    )
+
+
 class FakeWorker:
     """Carries out plans, and checks that a worker could. The drafter's slots are its first stage's, the
     target's its second's: a later plan's first may come before an earlier one's second."""
@@ -172,7 +185,7 @@ class FakeWorker:
     def draft(self, plan: StepPlan) -> Drafted:
         for request_id in plan.finished:
             del self.known[request_id]
-        assert sum(each.num_tokens + each.num_draft_tokens for each in plan.scheduled) <= self.rows
+        assert sum(each.num_tokens + draft_rows(each) for each in plan.scheduled) <= self.rows
         assert len({each.request_id for each in plan.scheduled}) == len(plan.scheduled)
         for each in plan.scheduled:
             self._hear(each)
@@ -198,7 +211,7 @@ class FakeWorker:
         for each, known in zip(plan.scheduled, drafted.known, strict=True):
             end = known.seen + each.num_tokens
             self._write(writes, known, known.seen, end)
-            for position in range(end, end + each.num_draft_tokens):
+            for position in range(end, end + draft_slots(each)):
                 slot = self._slot(known, position)
                 assert slot not in writes, f"two requests write slot {slot}"
                 writes[slot] = self.chance.getrandbits(40)
@@ -223,7 +236,11 @@ class FakeWorker:
         known.blocks += each.new_blocks
         end = known.seen + each.num_tokens
         assert end <= len(known.token_ids), "more is fed than there is"
-        assert end + each.num_draft_tokens <= len(known.blocks) * BLOCK, "no block for a row"
+        assert end + draft_slots(each) <= len(known.blocks) * BLOCK, "no block for a row"
+        if each.tree is not None:
+            assert each.drafter == "draft_model"
+            assert each.num_draft_tokens > 0
+            assert end >= SINKS or known.request.params.kv_policy == "full"
         if each.num_draft_tokens:
             assert end == len(known.token_ids), "drafts before everything is read"
 
@@ -271,7 +288,7 @@ class FakeWorker:
             )
         if each.num_draft_tokens and each.drafter == "ngram":
             assert NgramIndex(known.token_ids).has_match, "nothing to draft from"
-        self.drafted += each.num_draft_tokens
+        self.drafted += draft_rows(each)
         num_accepted = self.chance.randint(0, each.num_draft_tokens)
         for _ in range(num_accepted + 1):
             known.token_ids.append(text_token(request, len(known.token_ids)))
@@ -286,7 +303,7 @@ class FakeWorker:
         return RequestResult(
             request_id=each.request_id,
             token_ids=tuple(known.token_ids[-num_accepted - 1 :]),
-            num_drafted=each.num_draft_tokens,
+            num_drafted=draft_rows(each),
             num_accepted=num_accepted,
             draft_exact=known.draft_exact,
             prompt_logprobs=logprobs,
@@ -1153,6 +1170,14 @@ class AnyHistory(RuleBasedStateMachine):
         drafts=st.integers(0, 4),
         method=st.sampled_from(["draft_model", "ngram", "combined"]),
         adaptive=st.booleans(),
+        tree=st.sampled_from(
+            [
+                None,
+                None,
+                DraftShape(kind="beam", width=3, nodes=5),
+                DraftShape(kind="dynamic", width=2, nodes=4),
+            ]
+        ),
         caching=st.sampled_from([True, True, False]),
         seed=st.integers(0, 1000),
     )
@@ -1165,6 +1190,7 @@ class AnyHistory(RuleBasedStateMachine):
         drafts: int,
         method: str,
         adaptive: bool,
+        tree: DraftShape | None,
         caching: bool,
         seed: int,
     ) -> None:
@@ -1177,6 +1203,7 @@ class AnyHistory(RuleBasedStateMachine):
                 drafts=drafts,
                 method=method,
                 adaptive=adaptive,
+                tree=tree,
                 enable_prefix_caching=caching,
                 priority_ageing_s=0.005,
             ),

@@ -115,6 +115,42 @@ def test_every_rank_follows_the_one_that_decides(
         assert texts(found[0]) == texts(expected)
 
 
+@pytest.mark.parametrize(
+    ("tree", "verification", "placement", "target"),
+    [
+        ("beam", "coupled", "tensor", 2),
+        ("beam", "coupled", "layer", 1),
+        ("dynamic", "rejection", "layer", 2),
+        ("dynamic_threshold", "coupled", "tensor", 1),
+    ],
+)
+def test_trees_are_the_same_on_every_rank(
+    tiny: Callable[..., Path],
+    two_ranks: RankPool,
+    tree: str,
+    verification: str,
+    placement: str,
+    target: int,
+) -> None:
+    """Rank 0 alone knows what is drafted; the KV of paths is moved on all of them."""
+    params = SamplingParams(temperature=0.9, max_tokens=24, seed=3, presence_penalty=0.5)
+    given = settings(
+        tiny,
+        layer_parallel_size=2,
+        placement=placement,
+        tree=tree,
+        tree_width=5,
+        tree_nodes=12,
+        verification=verification,
+    )
+    found = two_ranks.run(jobs.generate, given, PROMPTS, params, target_size=target)
+    assert found[0] == found[1]
+    assert sum(answer["accepted"] for answer in found[0]) > 20
+    if verification == "coupled":
+        expected = two_ranks.run(jobs.generate, plain(tiny), PROMPTS, params)[0]
+        assert texts(found[0]) == texts(expected)
+
+
 @pytest.mark.parametrize("kv_policy", ["full", "sink_window"])
 def test_preempted_requests_keep_their_texts_on_two_ranks(
     tiny: Callable[..., Path], two_ranks: RankPool, kv_policy: KvPolicyName
