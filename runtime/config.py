@@ -54,7 +54,8 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         Meta(
             description="How drafts branch while few requests run. beam: tree_width nodes at each of "
             "num_speculative_tokens levels, the tree_nodes likeliest kept; dynamic: node after node where it "
-            "promises most; dynamic_threshold: the same level by level, in fewer passes. Needs draft_length fixed."
+            "promises most; dynamic_threshold: the same level by level, in fewer passes. With draft_length "
+            "adaptive, trees of up to tree_nodes while these give more than chains."
         ),
     ] = "chain"
     tree_width: Annotated[
@@ -115,11 +116,11 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         Meta(description="Ranks the drafter runs on; the target's number if not given."),
     ] = None
     schedule: Annotated[
-        Literal["lockstep", "interleaved", "ahead"],
+        Literal["lockstep", "interleaved", "adaptive", "ahead"],
         Meta(
             description="lockstep: a step drafts, then verifies. interleaved: half of the requests draft while the "
-            "other half is verified, on the same ranks. ahead: the drafter has ranks of its own and drafts on "
-            "while the target verifies."
+            "other half is verified, on the same ranks. adaptive: whichever of the two gives more. ahead: the "
+            "drafter has ranks of its own and drafts on while the target verifies."
         ),
     ] = "lockstep"
     draft_ranks: Annotated[
@@ -369,9 +370,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def interleaved(self) -> bool:
-        """Whether ranks draft for one plan while they verify another."""
+        """Whether ranks may draft for one plan while they verify another."""
         spec = self.speculative_config
-        return spec is not None and spec.schedule == "interleaved"
+        return spec is not None and spec.schedule in ("interleaved", "adaptive")
 
     @property
     def plans_in_flight(self) -> int:
@@ -585,10 +586,6 @@ def _check_tree(spec: SpeculativeConfig) -> None:
     """Raise ConfigError for a tree that would not be drafted, or not fit."""
     if spec.method == "ngram":
         raise ConfigError(f"tree {spec.tree} needs a draft model; ngram drafts chains")
-    if spec.draft_length != "fixed":
-        raise ConfigError(
-            f'tree {spec.tree} needs "draft_length": "fixed"; adaptive chooses among chains'
-        )
     depth = spec.num_speculative_tokens
     if spec.tree_nodes < depth:
         raise ConfigError(
@@ -610,6 +607,8 @@ _NO_LINKS = (
 
 def _check_schedule(config: EngineConfig, spec: SpeculativeConfig) -> None:
     """Raise ConfigError for settings that do not go with the schedule."""
+    if spec.schedule == "adaptive" and spec.draft_length != "adaptive":
+        raise ConfigError("schedule adaptive needs draft_length adaptive: both are chosen together")
     if spec.schedule != "ahead":
         for name in ("draft_ranks", "max_tokens_ahead"):
             if getattr(spec, name) is not None:

@@ -234,6 +234,21 @@ class DraftShape(WireType, frozen=True, kw_only=True):
         return min(64, 2 * self.nodes) if self.kind == "dynamic" else self.nodes
 
 
+CalibrationName = Literal["every_round", "on_mismatch", "never"]
+
+
+class DraftForm(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """How the draft model's layers run in a step."""
+
+    exact: bool = False
+    """One after another, where some could run side by side."""
+    calibration: CalibrationName | None = None
+    """After which rounds its KV is made exact again; None for what is configured."""
+
+
+AS_CONFIGURED = DraftForm()
+
+
 class ScheduledRequest(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """One request's share of a step: how many tokens it feeds, and how many it drafts on top.
 
@@ -280,6 +295,7 @@ class StepPlan(WireType, frozen=True, kw_only=True):
 
     step: int
     scheduled: tuple[ScheduledRequest, ...]
+    form: DraftForm = AS_CONFIGURED
     finished: tuple[str, ...] = ()
     """Requests to forget before the step, ended or preempted: their KV blocks may be in
     `scheduled` again."""
@@ -534,6 +550,17 @@ class TransferTotals(WireType, frozen=True, kw_only=True, omit_defaults=True):
     num_corrupt: int = 0
 
 
+class WayStatus(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """A way to draft that the engine may choose, and what it gave lately for batches like the latest."""
+
+    name: str
+    tokens_per_second: float = 0.0
+    """0 before it was tried."""
+    chosen: bool = False
+    reason: str = ""
+    """Why it is chosen."""
+
+
 class EngineStatus(WireType, frozen=True, kw_only=True):
     """How the engine is. Counts are totals since it started."""
 
@@ -560,6 +587,8 @@ class EngineStatus(WireType, frozen=True, kw_only=True):
     depth."""
     steps: tuple[StepStats, ...] = ()
     """Those since the last status, the latest thousand at most."""
+    ways: tuple[WayStatus, ...] = ()
+    """To draft, where there are several to choose from."""
     draft_passes: tuple[DraftPass, ...] = ()
     """Those of a drafter that is ahead, likewise."""
     ranks: tuple[str, ...] = ()

@@ -69,6 +69,7 @@ from paceline.runtime.spec.verify import (
 from paceline.runtime.transfer.rank import KvLink
 from paceline.runtime.types import (
     DrafterName,
+    DraftForm,
     Request,
     RequestResult,
     ScheduledRequest,
@@ -215,7 +216,7 @@ class Worker:
         for request_id in plan.finished:
             self.sequences.pop(request_id, None)
         feeds = [self._feed(scheduled) for scheduled in plan.scheduled]
-        times = self._draft(feeds)
+        times = self._draft(feeds, plan.form)
         self._mark_drafter(feeds)
         return Drafted(step=plan.step, feeds=feeds, times=times, span=(start_ms, now_ms()))
 
@@ -309,14 +310,14 @@ class Worker:
             output_token_ids=output_token_ids,
         )
 
-    def _draft(self, feeds: list[Feed]) -> StageTimes:
+    def _draft(self, feeds: list[Feed], form: DraftForm) -> StageTimes:
         """Give every feed that wants one its draft, known to every rank of the world."""
         times = StageTimes()
         for name, drafter in self._drafters.items():
             asking = [feed for feed in feeds if feed.asks(name)]
             readings = [feed.reading for feed in feeds if feed.reads(name)]
             if asking or readings:
-                times = times.plus(self._ask(drafter, asking, readings))
+                times = times.plus(self._ask(drafter, asking, readings, form))
         modelled = [feed for feed in feeds if feed.asks("draft_model")]
         branching = any(feed.scheduled.tree is not None for feed in modelled)
         if modelled and (branching or self.mesh.draft.size != self.mesh.world.size):
@@ -328,7 +329,9 @@ class Worker:
                 feed.draft = read_words(words, branches=branches, probs_PV=feed.draft.probs_PV)
         return times
 
-    def _ask(self, drafter: Drafter, feeds: list[Feed], readings: list[Reading]) -> StageTimes:
+    def _ask(
+        self, drafter: Drafter, feeds: list[Feed], readings: list[Reading], form: DraftForm
+    ) -> StageTimes:
         asks = [
             Ask(
                 sequence=feed.sequence,
@@ -337,7 +340,7 @@ class Worker:
             )
             for feed in feeds
         ]
-        drafts, times = drafter.propose(asks, readings)
+        drafts, times = drafter.propose(asks, readings, form)
         for feed, draft in zip(feeds, drafts, strict=True):
             feed.draft = draft
         return times

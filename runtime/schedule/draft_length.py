@@ -39,11 +39,14 @@ from typing import NamedTuple, Protocol
 
 from paceline.runtime.schedule.tails import TailBuffer
 from paceline.runtime.spec.ngram import NgramIndex
-from paceline.runtime.types import DrafterName, DraftShape, StageTimes
+from paceline.runtime.types import AS_CONFIGURED, DrafterName, DraftForm, DraftShape, StageTimes
 
 TREE_ROWS = 128
 """Most nodes of trees in a step. A pass costs a GPU what reading its weights costs up to about 150 to
 300 rows (decoding.md 10.2); beyond, a branch is paid for, and a chain's next token is worth more."""
+
+MOST_PLANS = 2
+"""In flight; more would only wait."""
 
 _LEVELS = 20
 """Steps between never and always accepted. Requests of one level are decided for together."""
@@ -83,6 +86,8 @@ class DraftState:
     """The choice."""
     tree: DraftShape | None = None
     """How these branch: chosen as well."""
+    way: int = 0
+    """Of those of a `Controller`, the one that chose."""
     drafter: DrafterName = "draft_model"
     model: Acceptance = field(default_factory=Acceptance)
     ngram: Acceptance = field(default_factory=Acceptance)
@@ -99,6 +104,10 @@ class Drafting(NamedTuple):
     num_requests: int = 0
     is_counted: bool = False
     """Whether none of them said itself how many."""
+    form: DraftForm = AS_CONFIGURED
+    way: int = 0
+    """Of a `Controller`, as is the next: its class of batches."""
+    size: int = 0
 
 
 class StepCost(NamedTuple):
@@ -128,6 +137,10 @@ class DraftPolicy(Protocol):
     @property
     def reads_prompts(self) -> bool:
         """Whether the draft model should read prompts along with the target."""
+
+    @property
+    def plans_in_flight(self) -> int:
+        """No more of them, though there might be."""
 
     def choose(self, states: Sequence[DraftState], *, rows: int) -> Drafting:
         """Set `num_tokens` and `drafter` of every state. `rows`: those of the target's pass without
@@ -160,6 +173,7 @@ class FixedDrafts:
     """
 
     reads_prompts = True
+    plans_in_flight = MOST_PLANS
 
     def __init__(self, tree: DraftShape | None = None) -> None:
         self._tree = tree
@@ -340,6 +354,8 @@ class AdaptiveDrafts:
     _HORIZON = 64  # rounds over which a request's reading up is written off
     _MOST_READING = 16.0  # tokens read up per such round; a request further behind is left alone
     _OWN_DECAY = 0.95
+
+    plans_in_flight = MOST_PLANS
 
     def __init__(self, *, most: int) -> None:
         self._most = most

@@ -44,11 +44,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from paceline.runtime.config import EngineConfig
+from paceline.runtime.config import EngineConfig, SpeculativeConfig
 from paceline.runtime.errors import PromptError
 from paceline.runtime.schedule.blocks import BlockPool, PrefixHit
+from paceline.runtime.schedule.controller import Controller, ways_to_draft
 from paceline.runtime.schedule.draft_length import (
-    AdaptiveDrafts,
+    MOST_PLANS,
     Drafting,
     DraftPolicy,
     DraftState,
@@ -62,6 +63,9 @@ from paceline.runtime.schedule.tails import TailBook
 from paceline.runtime.schedule.transfers import TransferBook, TransferEnd
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.types import (
+    AS_CONFIGURED,
+    CalibrationName,
+    DraftForm,
     DraftShape,
     EngineStatus,
     Event,
@@ -116,7 +120,11 @@ class Speculation:
     method: Literal["draft_model", "ngram", "combined"] = "draft_model"
     adaptive: bool = False
     tree: DraftShape | None = None
-    """How the model's drafts branch while few requests run, where that is fixed."""
+    """How the model's drafts branch while few requests run, if they do."""
+    forms: tuple[DraftForm, ...] = (AS_CONFIGURED,)
+    """How its layers may run; the first is configured."""
+    may_interleave: bool = False
+    """Whether that is to be chosen too, from batch to batch."""
     lookup_min: int = 2
     lookup_max: int = 4
     ahead: bool = False
@@ -180,11 +188,7 @@ class Scheduler:
         self._policies = make_policies(
             block_size=limits.block_size, sink_tokens=limits.sink_tokens, window=limits.window
         )
-        self._drafts: DraftPolicy = FixedDrafts()
-        if speculation is not None:
-            self._drafts = FixedDrafts(speculation.tree)
-            if speculation.adaptive:
-                self._drafts = AdaptiveDrafts(most=speculation.num_tokens)
+        self._drafts = _draft_policy(speculation)
         self._requests: dict[str, RunningRequest] = {}
         self._running: list[RunningRequest] = []  # best key first
         self._waiting: list[tuple[tuple[float, int], RunningRequest]] = []
@@ -213,7 +217,11 @@ class Scheduler:
     @property
     def may_plan(self) -> bool:
         """Whether fewer plans are in flight than may be."""
-        return len(self._flights) < self.limits.plans_in_flight
+        return len(self._flights) < self._plans_in_flight
+
+    @property
+    def _plans_in_flight(self) -> int:
+        return min(self.limits.plans_in_flight, self._drafts.plans_in_flight)
 
     @property
     def num_requests(self) -> int:
@@ -316,6 +324,7 @@ class Scheduler:
             accepted=totals["accepted"],
             accepted_at_position=tuple(reversed(accepted_at_position)),
             steps=steps,
+            ways=self._drafts.explain() if isinstance(self._drafts, Controller) else (),
             waiting_tokens=sum(
                 max(0, len(each.token_ids) - each.seen - 1)
                 for each in self._requests.values()
@@ -388,7 +397,7 @@ class Scheduler:
         finished: tuple[str, ...] = ()
         if scheduled or not self._flights:  # it can wait for a step that does more
             finished, self._finished = tuple(self._finished), []
-        plan = StepPlan(step=self._step, scheduled=scheduled, finished=finished)
+        plan = StepPlan(step=self._step, scheduled=scheduled, form=drafting.form, finished=finished)
         if scheduled or finished:
             flight = _Flight(step=self._step, planned_s=now_s, shares=shares, drafting=drafting)
             self._flights.append(flight)
@@ -398,10 +407,10 @@ class Scheduler:
     def _part(self) -> tuple[list[RunningRequest], int]:
         """Of the running requests those for this step, best key first, and how many shares it may have,
         those let in by it included. An even part of all, of which each step in flight has one."""
-        depth = self.limits.plans_in_flight
-        if depth == 1:
-            return list(self._running), len(self._running) + self._num_waiting
+        depth = self._plans_in_flight
         ready = [each for each in self._running if not each.in_flight]
+        if depth == 1:
+            return ready, len(self._running) + self._num_waiting
         num_running = len(self._running)
         return ready[: -(-num_running // depth)], -(-(num_running + self._num_waiting) // depth)
 
@@ -1192,6 +1201,20 @@ class Scheduler:
         del self._requests[running.request_id]
 
 
+def _draft_policy(spec: Speculation | None) -> DraftPolicy:
+    if spec is None:
+        return FixedDrafts()
+    if not spec.adaptive:
+        return FixedDrafts(spec.tree)
+    ways = ways_to_draft(
+        most=spec.num_tokens,
+        tree=spec.tree,
+        forms=spec.forms,
+        plans_in_flight=(2, 1) if spec.may_interleave else (MOST_PLANS,),
+    )
+    return ways[0].policy if len(ways) == 1 else Controller(ways)
+
+
 def make_scheduler(config: EngineConfig, *, max_model_len: int, num_blocks: int) -> Scheduler:
     """The scheduler a config asks for, over as many blocks as the ranks found memory for."""
     limits = Limits(
@@ -1219,12 +1242,26 @@ def make_scheduler(config: EngineConfig, *, max_model_len: int, num_blocks: int)
         tree=None
         if spec.tree == "chain"
         else DraftShape(kind=spec.tree, width=spec.tree_width, nodes=spec.tree_nodes),
+        forms=_forms(spec),
+        may_interleave=spec.schedule == "adaptive",
         lookup_min=spec.prompt_lookup_min,
         lookup_max=spec.prompt_lookup_max,
         ahead=config.drafts_ahead,
         max_ahead=spec.max_tokens_ahead,
     )
     return Scheduler(limits, speculation=speculation)
+
+
+def _forms(spec: SpeculativeConfig) -> tuple[DraftForm, ...]:
+    """As configured and, where layers are grouped, what could be chosen instead."""
+    if spec.layer_parallel_size == 1 and spec.layer_groups is None:
+        return (AS_CONFIGURED,)
+    others: tuple[CalibrationName, ...] = ("on_mismatch", "every_round")
+    return (
+        AS_CONFIGURED,
+        DraftForm(exact=True),
+        *[DraftForm(calibration=other) for other in others if other != spec.calibration],
+    )
 
 
 def _runs(running: RunningRequest) -> bool:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from paceline.runtime.types import AS_CONFIGURED, DraftForm
+
 ROUND_LEAVES = 2
 """Committed tokens that a round of its own leaves the drafter to read, at most."""
 
@@ -50,7 +52,7 @@ class DraftRows:
     filled: int = 0
     _mismatch: bool = False
 
-    def first_pass(self, *, committed: int) -> FirstPass:
+    def first_pass(self, *, committed: int, form: DraftForm = AS_CONFIGURED) -> FirstPass:
         """What to run before the second draft, given the number of committed tokens. Mutates
         nothing."""
         assert self.filled < committed, (
@@ -61,8 +63,11 @@ class DraftRows:
         # a round leaves its last draft and the target's own token unread; more is text that was
         # written or read without this drafter, perhaps in blocks that others take for exact
         behind = committed - self.filled > ROUND_LEAVES
-        calibrate = self.calibration is Calibration.EVERY_ROUND or (
-            self.calibration is Calibration.ON_MISMATCH and (self._mismatch or behind)
+        if form.exact:  # what grouped passes have left between must not be built upon
+            return FirstPass(start=self.exact, exact=True)
+        wanted = self.calibration if form.calibration is None else Calibration(form.calibration)
+        calibrate = wanted is Calibration.EVERY_ROUND or (
+            wanted is Calibration.ON_MISMATCH and (self._mismatch or behind)
         )
         if calibrate:
             return FirstPass(start=self.exact, exact=True)

@@ -32,7 +32,7 @@ from paceline.runtime.sequence import Sequence
 from paceline.runtime.spec.drafter import Ask, Draft, Reading
 from paceline.runtime.spec.layer_parallel import LayerParallel
 from paceline.runtime.spec.tree_drafting import TreeDrafting
-from paceline.runtime.types import StageTimes
+from paceline.runtime.types import AS_CONFIGURED, DraftForm, StageTimes
 
 SHORT_ROWS = 32
 """Longer backlogs are read ahead of the packed first pass where it would grow too large."""
@@ -74,14 +74,16 @@ class DraftModel:
             f"{self.model.decoder.arch.num_layers} layers"
         )
 
-    def propose(self, asks: Many[Ask], readings: Many[Reading]) -> tuple[list[Draft], StageTimes]:
+    def propose(
+        self, asks: Many[Ask], readings: Many[Reading], form: DraftForm = AS_CONFIGURED
+    ) -> tuple[list[Draft], StageTimes]:
         clock = StageClock(self.model.device)
         if any(ask.tree is not None for ask in asks):
-            return self._propose_trees(asks, readings, clock)
+            return self._propose_trees(asks, readings, form, clock)
         # longest first, so that those still drafting are always the first ones
         order = sorted(range(len(asks)), key=lambda i: -asks[i].num_tokens)
         sorted_asks = [asks[i] for i in order]
-        h_BE, exact = self._first_pass(sorted_asks, readings)
+        h_BE, exact = self._first_pass(sorted_asks, readings, form)
         if h_BE is None:
             return [], StageTimes(calibrate_ms=clock.lap())
         drafting = _Drafting(sorted_asks, rejection=self._rejection)
@@ -89,20 +91,20 @@ class DraftModel:
         first_ms = clock.lap()
         for depth in range(2, sorted_asks[0].num_tokens + 1):
             drafting.drop_those_below(depth)
-            self._choose(self._grouped_pass(drafting, depth=depth), drafting)
+            self._choose(self._next_pass(drafting, form, depth=depth), drafting)
         drafts = drafting.finish()
         times = self._times(exact, first_ms=first_ms, rest_ms=clock.lap())
         by_ask = dict(zip(order, drafts, strict=True))
         return [by_ask[i] for i in range(len(asks))], times
 
     def _propose_trees(
-        self, asks: Many[Ask], readings: Many[Reading], clock: StageClock
+        self, asks: Many[Ask], readings: Many[Reading], form: DraftForm, clock: StageClock
     ) -> tuple[list[Draft], StageTimes]:
         """The same where some drafts branch; what was drafted rank 0 alone knows."""
-        h_BE, exact = self._first_pass(list(asks), readings)
+        h_BE, exact = self._first_pass(list(asks), readings, form)
         assert h_BE is not None, "expected a row for every ask"
         first_ms = clock.lap()
-        drafts = self._trees.propose(asks, h_BE)
+        drafts = self._trees.propose(asks, h_BE, form)
         return drafts, self._times(exact, first_ms=first_ms, rest_ms=clock.lap())
 
     def _times(self, exact: bool, *, first_ms: float, rest_ms: float) -> StageTimes:
@@ -128,13 +130,15 @@ class DraftModel:
             committed=len(sequence.token_ids), num_drafted=num_drafted, num_accepted=num_accepted
         )
 
-    def _first_pass(self, asks: list[Ask], readings: Many[Reading]) -> tuple[Tensor | None, bool]:
+    def _first_pass(
+        self, asks: list[Ask], readings: Many[Reading], form: DraftForm
+    ) -> tuple[Tensor | None, bool]:
         """Every ask's last committed token and whatever must be read before it: hidden states of
         those tokens, `[B, E]`, and whether the pass was exact."""
         spans, exact = [], False
         for ask in asks:
             sequence, committed = ask.sequence, len(ask.sequence.token_ids)
-            first = sequence.draft_rows.first_pass(committed=committed)
+            first = sequence.draft_rows.first_pass(committed=committed, form=form)
             # behind a window blocks are given back, and must not be written any more
             start = (
                 max(first.start, committed - sequence.window) if sequence.window else first.start
@@ -180,15 +184,16 @@ class DraftModel:
             draft_rows.passed(end=span.end, exact=exact and span.start <= draft_rows.exact)
         return h_TE
 
-    def _grouped_pass(self, drafting: _Drafting, *, depth: int) -> Tensor:
+    def _next_pass(self, drafting: _Drafting, form: DraftForm, *, depth: int) -> Tensor:
         """Feed the latest draft of every request that drafts on: `[B, E]`."""
         segments = []
         for ask in drafting.asks:
             position = len(ask.sequence.token_ids) + depth - 2
             segments.append(ask.sequence.segment(start=position, num_rows=1))
-            ask.sequence.draft_rows.passed(end=position + 1, exact=False)
+            draft_rows = ask.sequence.draft_rows
+            draft_rows.passed(end=position + 1, exact=form.exact and position <= draft_rows.exact)
         rows = self.model.rows(drafting.latest, segments)
-        return self._layer_parallel.grouped(rows)
+        return (self.model.decoder.exact if form.exact else self._layer_parallel.grouped)(rows)
 
     def _choose(self, h_BE: Tensor, drafting: _Drafting) -> None:
         """The next draft of every request, the same on every rank."""

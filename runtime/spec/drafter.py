@@ -11,7 +11,13 @@ from torch import Tensor
 
 from paceline.runtime.sequence import Sequence
 from paceline.runtime.spec.tree import DraftTree
-from paceline.runtime.types import DraftShape, ScheduledRequest, StageTimes
+from paceline.runtime.types import (
+    AS_CONFIGURED,
+    DraftForm,
+    DraftShape,
+    ScheduledRequest,
+    StageTimes,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +86,9 @@ class Drafter(Protocol):
     def describe(self) -> str:
         """A few words for a person."""
 
-    def propose(self, asks: Many[Ask], readings: Many[Reading]) -> tuple[list[Draft], StageTimes]:
+    def propose(
+        self, asks: Many[Ask], readings: Many[Reading], form: DraftForm = AS_CONFIGURED
+    ) -> tuple[list[Draft], StageTimes]:
         """A draft per ask, in order, and where the time went (without `verify_ms`)."""
 
     def verified(self, sequence: Sequence, *, num_drafted: int, num_accepted: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Many
 
 from paceline.runtime.sequence import Sequence
 from paceline.runtime.spec.drafter import Ask, Draft, Reading
-from paceline.runtime.types import StageTimes
+from paceline.runtime.types import AS_CONFIGURED, DraftForm, StageTimes
 
 
 class NgramDrafter:
@@ -24,6 +24,7 @@ class NgramDrafter:
         self,
         asks: Many[Ask],
         readings: Many[Reading],  # noqa: ARG002
+        form: DraftForm = AS_CONFIGURED,  # noqa: ARG002
     ) -> tuple[list[Draft], StageTimes]:
         drafts = []
         for ask in asks:

@@ -28,6 +28,7 @@ from paceline.runtime.spec.drafter import Ask, Draft
 from paceline.runtime.spec.growth import Drawn, Growth, Ranked
 from paceline.runtime.spec.layer_parallel import LayerParallel
 from paceline.runtime.spec.tree import ROOT
+from paceline.runtime.types import DraftForm
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -98,7 +99,7 @@ class TreeDrafting:
         self._axis = axis
         self._rejection = rejection
 
-    def propose(self, asks: Many[Ask], h_RE: Tensor) -> list[Draft]:
+    def propose(self, asks: Many[Ask], h_RE: Tensor, form: DraftForm) -> list[Draft]:
         """A draft per ask, given the hidden states of their last committed tokens: on rank 0, and
         empty ones on the others."""
         plants = [_Plant(ask=ask, drawn=self._draws(ask)) for ask in asks]
@@ -107,7 +108,7 @@ class TreeDrafting:
             self._tell(plants)
             if not any(plant.to_read for plant in plants):
                 break
-            h_RE = self._pass(plants)
+            h_RE = self._pass(plants, exact=form.exact)
         for plant in plants:
             if plant.ask.tree is None:  # as chains do: their rows lie where they stay
                 sequence = plant.ask.sequence
@@ -191,7 +192,7 @@ class TreeDrafting:
         plant.nodes = growth.grow()
         return [growth.to_read(node) for node in plant.nodes]
 
-    def _pass(self, plants: list[_Plant]) -> Tensor:
+    def _pass(self, plants: list[_Plant], *, exact: bool) -> Tensor:
         """Read the next nodes of all requests: `[R, E]`."""
         token_ids: list[int] = []
         segments = []
@@ -209,4 +210,4 @@ class TreeDrafting:
             )
             segments.append(segment)
         rows = self._model.rows(self._model.tokens(token_ids), segments)
-        return self._layer_parallel.grouped(rows)
+        return (self._model.decoder.exact if exact else self._layer_parallel.grouped)(rows)

@@ -244,10 +244,6 @@ def test_dashes_are_underscores() -> None:
     ("spec", "reason"),
     [
         (
-            {"tree": "beam"},
-            'tree beam needs "draft_length": "fixed"; adaptive chooses among chains',
-        ),
-        (
             {"tree": "dynamic", "draft_length": "fixed", "method": "ngram"},
             "tree dynamic needs a draft model; ngram drafts chains",
         ),
@@ -358,6 +354,11 @@ def test_in_lockstep_all_ranks_are_of_one_world() -> None:
 @pytest.mark.parametrize(
     ("spec", "more", "reason"),
     [
+        (
+            {"schedule": "adaptive", "draft_length": "fixed"},
+            {},
+            "schedule adaptive needs draft_length adaptive",
+        ),
         ({"method": "ngram"}, {}, "schedule ahead needs a draft model, method is ngram"),
         ({"verification": "rejection"}, {}, "schedule ahead needs verification coupled"),
         ({"draft_tensor_parallel_size": 2}, {}, "with schedule ahead say draft_ranks"),

@@ -65,7 +65,9 @@ def make(
     clock: Callable[[], float] | None = None,
     **more: Any,
 ) -> Scheduler:
-    speculation = {key: more.pop(key) for key in ("adaptive", "ahead", "tree") if key in more}
+    speculation = {
+        key: more.pop(key) for key in ("adaptive", "ahead", "tree", "may_interleave") if key in more
+    }
     return Scheduler(
         Limits(
             num_blocks=num_blocks,

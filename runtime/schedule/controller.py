@@ -1,0 +1,245 @@
+"""Which way to draft, by what each way gave lately.
+
+A way is a schedule, a shape of drafts, and how the drafter's layers run:
+
+    lockstep | interleaved     one after the other, or half of the requests beside the other half
+    chain | tree of n nodes    how far a chain goes is decided in it, request by request (`draft_length.py`)
+    exact | grouped            layers one after another, or side by side; grouped with either calibration
+
+    choose ──> the way of this batch ──its policy──> drafts ──> step ──> tokens, seconds ──> what the way gives
+
+What a way gives is measured: tokens per second of whole steps, so that whatever it costs is in it, and
+what its drafts are worth too. It depends on how many requests there are, so each doubling of these has
+a record of its own. The best way stays until another gave `_BETTER` times as much; every other one is
+tried again now and then, the rarer the worse it was, and a trial that goes badly ends at once. So all
+trials together cost a few percent at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from paceline.runtime.schedule.draft_length import (
+    MOST_PLANS,
+    TREE_ROWS,
+    AdaptiveDrafts,
+    Drafting,
+    DraftPolicy,
+    DraftState,
+    FixedDrafts,
+    StepCost,
+)
+from paceline.runtime.types import AS_CONFIGURED, DraftForm, DraftShape, WayStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """What may be chosen for a batch."""
+
+    name: str
+    policy: DraftPolicy
+    """How many drafts each request gets."""
+    tree: DraftShape | None = None
+    form: DraftForm = AS_CONFIGURED
+    plans_in_flight: int = 1
+
+    def suits(self, num_requests: int) -> bool:
+        """Whether as many trees fit into a step."""
+        return self.tree is None or num_requests * self.tree.nodes <= TREE_ROWS
+
+
+@dataclass(slots=True)
+class _Record:
+    """What a way gave lately, counted with decay."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    steps: int = 0
+    """Since its last trial began."""
+    next_trial: int = 0
+    """When it may be tried again, in steps of its class."""
+
+    @property
+    def goodput(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds if self.seconds > 0.0 else 0.0
+
+
+@dataclass(slots=True)
+class _Class:
+    """Batches of about the same size."""
+
+    records: list[_Record]
+    best: int = 0
+    running: int = 0
+    """The best, or one on trial."""
+    steps: int = 0
+    reason: str = field(default="the first way there is")
+
+
+def ways_to_draft(
+    *,
+    most: int,
+    tree: DraftShape | None = None,
+    forms: Sequence[DraftForm] = (AS_CONFIGURED,),
+    plans_in_flight: Sequence[int] = (MOST_PLANS,),
+) -> list[Way]:
+    """Every form with chains, and the first with trees of three sizes; all that in each schedule. `most`
+    is the depth of either."""
+    ways = []
+    for plans in plans_in_flight:
+        schedule = ["lockstep", "interleaved"][plans - 1] + ", " if len(plans_in_flight) > 1 else ""
+        for form in forms:
+            name = f"{schedule}chain{_described(form, alone=len(forms) == 1)}"
+            ways.append(
+                Way(name=name, policy=AdaptiveDrafts(most=most), form=form, plans_in_flight=plans)
+            )
+        sizes = () if tree is None else (tree.nodes, tree.nodes // 2, tree.nodes // 4)
+        for nodes in sizes:
+            if tree is not None and nodes > most:
+                shape = msgspec.structs.replace(tree, nodes=nodes)
+                name = f"{schedule}{tree.kind} tree of {nodes}{_described(forms[0], alone=len(forms) == 1)}"
+                ways.append(
+                    Way(
+                        name=name,
+                        policy=FixedDrafts(shape),
+                        tree=shape,
+                        form=forms[0],
+                        plans_in_flight=plans,
+                    )
+                )
+    return ways
+
+
+def _described(form: DraftForm, *, alone: bool) -> str:
+    if alone:
+        return ""
+    if form.exact:
+        return ", exact layers"
+    return ", grouped layers" + (f" calibrated {form.calibration}" if form.calibration else "")
+
+
+class Controller:
+    """Satisfies `DraftPolicy` by way of others."""
+
+    _DECAY = 0.9
+    _BETTER = 1.05
+    _TRIAL_STEPS = 8
+    _HOPELESS_AFTER = 3  # steps of a trial
+    _HOPELESS = 0.6  # of what the best way gives
+    _TRY_EVERY = 128  # steps of a class
+
+    def __init__(self, ways: Sequence[Way]) -> None:
+        """The first is what is done before anything is known."""
+        assert ways, "expected a way to draft"
+        self._ways = tuple(ways)
+        self._classes: dict[int, _Class] = {}
+        self._latest: _Class | None = None
+        self._way = self._ways[0]
+
+    @property
+    def reads_prompts(self) -> bool:
+        return self._way.policy.reads_prompts
+
+    @property
+    def plans_in_flight(self) -> int:
+        """Of the way of the last choice."""
+        return self._way.plans_in_flight
+
+    def choose(self, states: Sequence[DraftState], *, rows: int) -> Drafting:
+        num_requests = len(states) * self._way.plans_in_flight
+        size = num_requests.bit_length()
+        batches = self._classes.get(size)
+        if batches is None:
+            batches = self._classes[size] = _Class([_Record() for _ in self._ways])
+        index = self._pick(batches, num_requests)
+        self._latest, self._way = batches, self._ways[index]
+        drafting = self._way.policy.choose(states, rows=rows)
+        for state in states:
+            state.way = index
+            if self._way.tree is None:
+                state.tree = None
+        return drafting._replace(
+            num_requests=len(states), form=self._way.form, way=index, size=size
+        )
+
+    def verified(self, state: DraftState, *, num_drafted: int, num_accepted: int) -> None:
+        policy = self._ways[state.way].policy
+        policy.verified(state, num_drafted=num_drafted, num_accepted=num_accepted)
+
+    def observe(self, cost: StepCost) -> None:
+        drafting = cost.drafting
+        self._ways[drafting.way].policy.observe(cost)
+        batches = self._classes.get(drafting.size)
+        # a step that reads prompts says nothing of drafting
+        if batches is None or cost.rows - cost.draft_rows > drafting.num_requests:
+            return
+        record = batches.records[drafting.way]
+        record.tokens = record.tokens * self._DECAY + drafting.num_requests + cost.num_accepted
+        record.seconds = record.seconds * self._DECAY + cost.seconds
+        record.steps += 1
+        batches.steps += 1
+        self._judge(batches, drafting.way)
+
+    def explain(self) -> tuple[WayStatus, ...]:
+        """What every way gave for batches like the latest, and which is chosen and why."""
+        batches = self._latest
+        if batches is None:
+            return ()
+        return tuple(
+            [
+                WayStatus(
+                    name=way.name,
+                    tokens_per_second=record.goodput,
+                    chosen=way is self._way,
+                    reason=batches.reason if way is self._way else "",
+                )
+                for way, record in zip(self._ways, batches.records, strict=True)
+            ]
+        )
+
+    def _pick(self, batches: _Class, num_requests: int) -> int:
+        """The way of the next step: whatever is on trial, whatever is due, or the best."""
+        records = batches.records
+        if not self._ways[batches.running].suits(num_requests):
+            batches.running = batches.best
+        if not self._ways[batches.best].suits(num_requests):
+            batches.running = batches.best = 0
+        if batches.running != batches.best or records[batches.best].steps < self._TRIAL_STEPS:
+            return batches.running
+        for index, record in enumerate(records):
+            due = index != batches.best and batches.steps >= record.next_trial
+            if due and self._ways[index].suits(num_requests):
+                record.tokens = record.seconds = 0.0
+                record.steps = 0
+                batches.running = index
+                batches.reason = "on trial"
+                return index
+        return batches.best
+
+    def _judge(self, batches: _Class, index: int) -> None:
+        """After a step: end a trial that is over, and settle which way is the best."""
+        records = batches.records
+        record, best = records[index], records[batches.best]
+        if index == batches.best or index != batches.running:
+            return
+        hopeless = (
+            record.steps >= self._HOPELESS_AFTER and record.goodput < self._HOPELESS * best.goodput
+        )
+        if record.steps < self._TRIAL_STEPS and not hopeless:
+            return
+        share = record.goodput / best.goodput if best.goodput > 0.0 else 1.0
+        loser = record
+        if share > self._BETTER:
+            name = self._ways[batches.best].name
+            batches.reason = f"gave {share:.2f} times as much as {name}"
+            batches.best, loser, share = index, best, 1.0 / share
+        else:
+            batches.reason = f"{self._ways[index].name} gave {share:.2f} times as much"
+        batches.running = batches.best
+        # a way that gives half as much is tried a quarter as often
+        wait = self._TRY_EVERY * len(records) / max(0.1, min(1.0, share)) ** 2
+        loser.next_trial = batches.steps + int(wait)
