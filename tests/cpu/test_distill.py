@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from paceline import LLM, SamplingParams
 from paceline.parallel.launch import solo_mesh
-from paceline.runtime.config import make_config
+from paceline.runtime.config import EngineConfig, make_config
 from paceline.runtime.errors import ConfigError
 from paceline.runtime.loading import load
 from paceline.runtime.models.weights import find_model
@@ -359,6 +360,13 @@ def test_command_says_one_line_and_ends_with_2(
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("distill: unrecognized arguments: --nonsense")
     assert said[1] == "distill: Object missing required field `data`"
+
+
+def test_flags_on_the_page_exist() -> None:
+    page = (Path(__file__).parents[2] / "deploy/distill.md").read_text()
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", page)}
+    known = {*Settings.__struct_fields__, *EngineConfig.__struct_fields__, "config", "help"}
+    assert {"own_text", "grouped_weight"} <= flags <= known
 
 
 def _transformers(folder: Path) -> Any:

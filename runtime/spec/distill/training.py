@@ -85,13 +85,13 @@ class Trainer:
         wanted = [self._forms[rng.integers(len(self._forms))]] if self._forms else []
         offset = int(rng.integers(settings.num_speculative_tokens))
         weights = {"exact": 1.0, "grouped": settings.grouped_weight}
-        losses: dict[str, float] = {}
+        losses = dict.fromkeys(["exact", *(["grouped"] if wanted else [])], 0.0)
         for part in torch.split(windows, settings.micro_batch_size or len(windows)):
             total = torch.zeros((), device=self._pair.device)
             found = self._pair.rows(part, wanted, offset=offset)
-            for name, rows in zip(weights, found, strict=False):
+            for name, rows in zip(losses, found, strict=True):
                 loss = self._loss(rows) * (len(part) / len(windows))
-                losses[name] = losses.get(name, 0.0) + loss.item()
+                losses[name] += loss.item()
                 total = total + weights[name] * loss
             total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.drafter.parameters(), settings.max_grad_norm)
@@ -166,7 +166,7 @@ def _claim(folder: Path, settings: Settings) -> None:
     """One folder, one run. Raises ConfigError where the work of another one lies."""
     output, record = Path(settings.output), folder / "settings.json"
     ours = json.loads(msgspec.json.encode(settings))
-    begun = any((folder / name).exists() for name in (OWN_TEXT, CHECKPOINT))
+    begun = record.exists() and any((folder / name).exists() for name in (OWN_TEXT, CHECKPOINT))
     theirs = json.loads(record.read_text()) if begun else ours
     differing = [name for name in ours if ours[name] != theirs.get(name)]
     if differing:
