@@ -207,7 +207,7 @@ def test_documents_are_read_from_folders_files_and_lines(tmp_path: Path) -> None
     (tmp_path / "lines.jsonl").write_text('{"text": "y = 2\\n"}\n\n{"token_ids": [5, 6]}\n')
     found = [d.tolist() for d in read_documents([str(tmp_path)], facts)]
     encode = facts.tokenizer.encode
-    assert found == [[*encode("x = 1\n"), 0], [*encode("y = 2\n"), 0], [5, 6, 0]]
+    assert found == [[*encode("x = 1\n"), 0], [*encode("y = 2\n"), 0], [5, 6]]
 
 
 # Runs.

@@ -27,16 +27,16 @@ Tokens = npt.NDArray[np.int32]
 
 
 def read_documents(paths: Sequence[str], facts: Facts) -> list[Tokens]:
-    """The token ids of every document, each once, closed by the target's end of text.
+    """The token ids of every document, each once: a text closed by the target's end of text, ids as
+    they are.
 
     Raises ConfigError for a path that leads to no text and for ids outside the vocabulary.
     """
-    end = list(facts.eos_token_ids[:1])
     found: dict[bytes, Tokens] = {}
     for path in paths:
         for ids in _read(Path(path).expanduser(), facts):
             if ids:
-                tokens = np.array([*ids, *end], dtype=np.int32)
+                tokens = np.array(ids, dtype=np.int32)
                 found.setdefault(_digest(tokens), tokens)
     if not found:
         raise ConfigError(f"no text in {', '.join(paths)}")
@@ -152,7 +152,7 @@ def _from_line(line: str, facts: Facts, *, where: str) -> list[int]:
 def _encode(text: str, facts: Facts, *, where: str) -> list[int]:
     if facts.tokenizer is None:
         raise ConfigError(f"{where}: the target has no tokenizer; give .jsonl lines with token_ids")
-    return facts.tokenizer.encode(text)
+    return [*facts.tokenizer.encode(text), *facts.eos_token_ids[:1]] if text else []
 
 
 def _digest(tokens: Tokens) -> bytes:

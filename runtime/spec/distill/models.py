@@ -57,7 +57,7 @@ def load_drafter(settings: Settings, *, device: torch.device) -> PreTrainedModel
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=_attention(device)
     )
-    return model.to(device)
+    return model.to(device).eval()
 
 
 def save_drafter(drafter: PreTrainedModel, settings: Settings) -> None:
