@@ -63,6 +63,7 @@ def save_tiny(folder: Path, *, seed: int = 0, noise: float = 0.0, **shape: int) 
     save_file(tensors, folder / "model.safetensors")
     config |= {
         "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "rms_norm_eps": 1e-5,
         "torch_dtype": "float32",
     }
