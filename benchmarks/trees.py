@@ -16,7 +16,6 @@ trees of EasySpec and EAGLE-2 do, and is right as often as under any rule that d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -85,12 +84,11 @@ class PassCount:
         self.passes = 0
         plain = LayerParallel.grouped
 
-        @wraps(plain)
         def counted(drafter: LayerParallel, rows: Rows) -> torch.Tensor:
             self.passes += 1
             return plain(drafter, rows)
 
-        LayerParallel.grouped = counted  # type: ignore[method-assign]
+        LayerParallel.grouped = counted  # type: ignore[assignment, method-assign]
 
 
 def config_of(setting: Setting, verification: str, args: dict[str, Any]) -> EngineConfig:

@@ -38,10 +38,10 @@ from paceline.runtime.loading import Loaded, load
 from paceline.runtime.sampling.batch import (
     SampleRequest,
     SampleState,
+    next_laws,
     target_probs,
     target_token,
     target_tokens,
-    tree_probs,
 )
 from paceline.runtime.sampling.logprobs import token_logprobs
 from paceline.runtime.sampling.sampler import RoundUniforms
@@ -58,7 +58,7 @@ from paceline.runtime.spec.drafter import (
 )
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.spec.ngram_drafter import NgramDrafter
-from paceline.runtime.spec.tree import DraftTree
+from paceline.runtime.spec.tree import ROOT, DraftTree
 from paceline.runtime.spec.verify import (
     accepted_of_chain,
     verify_chosen,
@@ -495,7 +495,9 @@ class Worker:
             tree = DraftTree.chain(feed.draft.token_ids)
             probs_PV = target_probs(logits_PV, request)
         else:
-            probs_PV = tree_probs(logits_PV, request.state, tree)
+            nodes = range(ROOT, tree.num_nodes)
+            paths = [SampleRequest(state=request.state, drafts=tree.tokens(n)) for n in nodes]
+            probs_PV = next_laws(logits_PV, paths)
         uniforms = RoundUniforms(request.state.request.seed, request.state.num_committed)
         if draft_probs_PV is None:  # chosen, not drawn
             verdict = verify_point_mass(tree, probs_PV, uniforms=uniforms)

@@ -20,6 +20,7 @@ Letters: R rows of all requests, P rows of one, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,6 @@ from paceline.runtime.sampling.sampler import (
     gumbel_noise,
     gumbel_noise_at,
 )
-from paceline.runtime.spec.tree import ROOT, DraftTree
 from paceline.runtime.types import Request, SamplingParams
 
 # Measured in ms on one CPU core, `target_tokens`, logits and 36 requests of 1 or 6 rows each:
@@ -207,22 +207,16 @@ def draft_probs(logits_RV: Tensor, requests: Sequence[SampleRequest]) -> tuple[l
     probs_RV = draft_laws(logits_RV, requests)
     token_ids = []
     for probs_V, request in zip(probs_RV, requests, strict=True):
-        token_ids.append(draw_draft(probs_V, request, lane=0))
+        token_ids.append(draw_draft(probs_V, 0, request=request))
     return token_ids, probs_RV
 
 
 def draft_laws(logits_RV: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
     """What the drafter draws each request's next token from, [R, V] of the target's vocabulary."""
-    logits_RV = target_width(logits_RV, requests)
-    return torch.cat(
-        [
-            _distribution(logits_RV[row : row + 1], request, first=len(request.drafts))
-            for row, request in enumerate(requests)
-        ]
-    )
+    return next_laws(target_width(logits_RV, requests), requests)
 
 
-def draw_draft(probs_V: Tensor, request: SampleRequest, *, lane: int) -> int:
+def draw_draft(probs_V: Tensor, lane: int, *, request: SampleRequest) -> int:
     """A token to follow a request's text and drafts, from a law that need not be normalised. `lane`
     tells apart the nodes of one depth of a tree."""
     uniforms = RoundUniforms(request.state.request.seed, request.state.num_committed)
@@ -230,21 +224,26 @@ def draw_draft(probs_V: Tensor, request: SampleRequest, *, lane: int) -> int:
     return draw(probs_V, uniforms(depth, purpose=Purpose.DRAFT, lane=lane))
 
 
+def next_laws(logits_RV: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
+    """What each request's token after all of its drafts is drawn from, [R, V]: one row each."""
+    laws, row = [], 0
+    for state, alike in itertools.groupby(requests, key=lambda request: request.state):
+        group = list(alike)
+        if state.processes:
+            for request in group:
+                laws.append(
+                    _distribution(logits_RV[row : row + 1], request, first=len(request.drafts))
+                )
+                row += 1
+        else:
+            laws.append(distribution(logits_RV[row : row + len(group)], state.request.params))
+            row += len(group)
+    return torch.cat(laws)
+
+
 def target_token(logits_V: Tensor, request: SampleRequest) -> int:
     """The target's token after all of a request's drafts, the same as `target_tokens` finds there."""
     return int(_tokens(logits_V[None], [(request, len(request.drafts))]))
-
-
-def tree_probs(logits_PV: Tensor, state: SampleState, tree: DraftTree) -> Tensor:
-    """`target_probs` for the root and every node of a tree, [1 + nodes, V]."""
-    if not state.processes:
-        return distribution(logits_PV, state.request.params)
-    rows = []
-    for node in range(ROOT, tree.num_nodes):
-        request = SampleRequest(state=state, drafts=tree.tokens(node))
-        row_1V = logits_PV[1 + node : 2 + node]
-        rows.append(_distribution(row_1V, request, first=len(request.drafts)))
-    return torch.cat(rows)
 
 
 def target_probs(logits_PV: Tensor, request: SampleRequest) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -144,12 +145,13 @@ class TreeDrafting:
         laws_RV = draft_laws(logits_RV, requests)
         for (plant, node), request, law_V in zip(read, requests, laws_RV, strict=True):
             plant.laws[node] = law_V
-
-            def draw(left_V: Tensor, lane: int, request: SampleRequest = request) -> int:
-                return draw_draft(left_V, request, lane=lane)
-
             growth = plant.growth
-            children = Drawn(law_V, reached=growth.reached(node), most=growth.width, draw=draw)
+            children = Drawn(
+                law_V,
+                reached=growth.reached(node),
+                most=growth.width,
+                draw=partial(draw_draft, request=request),
+            )
             growth.put(node, children)
 
     def _put_ranked(self, logits_RV: Tensor, read: list[tuple[_Plant, int]]) -> None:

@@ -230,7 +230,7 @@ def sampled_tree(kind: TreeKind, *, depth: int, width: int, nodes: int) -> Round
 
 @pytest.mark.parametrize("kind", ["dynamic", "dynamic_threshold"])
 def test_drawn_trees_write_the_target_s_texts(kind: TreeKind) -> None:
-    assert_exact(measure_text(sampled_tree(kind, depth=3, width=3, nodes=6), num_texts=4_000))
+    assert_exact(measure_text(sampled_tree(kind, depth=3, width=3, nodes=6), num_texts=2_500))
 
 
 def test_dropping_drawn_nodes_that_promise_least_is_caught() -> None:
@@ -254,7 +254,7 @@ def test_dropping_drawn_nodes_that_promise_least_is_caught() -> None:
         verdict = verify_sampled(tree, probs, draft_probs, uniforms=uniforms)
         return emitted(tree, verdict.path, verdict.token_id)
 
-    assert_caught(measure_text(one_round, num_texts=2_000))
+    assert_caught(measure_text(one_round, num_texts=1_200))
 
 
 def test_children_are_drawn_without_replacement_until_none_is_left() -> None:

@@ -29,10 +29,13 @@ def test_a_grammar_sees_each_path_as_the_text_it_would_be() -> None:
             temperature=temperature,
             max_tokens=24,
             seed=2,
-            structured_outputs=StructuredOutputs(**outputs),
+            structured_outputs=outputs,
         )
         for temperature in (0.0, 0.8)
-        for outputs in ({"regex": "(ab|ac){3}[0-9]{4}"}, {"json": json.dumps(words)})
+        for outputs in (
+            StructuredOutputs(regex="(ab|ac){3}[0-9]{4}"),
+            StructuredOutputs(json=json.dumps(words)),
+        )
     ]
     prompts: list[Prompt] = ["def f():\n    return "] * len(params)
     with LLM(dtype="float32", speculative_config={"dtype": "float32", **TREE}) as llm:

@@ -14,14 +14,18 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 PROMPTS = [{"prompt_token_ids": [3, 1, 4, 1, 5]}, {"prompt_token_ids": [9, 2, 6]}]
 
 
+@pytest.mark.parametrize("tree", ["chain", "beam", "dynamic"])
 @pytest.mark.parametrize("policy", ["attention", "block"])
-def test_gpu_and_cpu_write_the_same_greedy_text(tiny: Callable[..., Path], policy: str) -> None:
+def test_gpu_and_cpu_write_the_same_greedy_text(
+    tiny: Callable[..., Path], policy: str, tree: str
+) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
     speculative = {
         "model": str(tiny(seed=0, noise=0.03)),
         "layer_parallel_size": 2,
         "layer_parallel_policy": policy,
         "draft_length": "fixed",
+        "tree": tree,
     }
     texts = []
     for device in ("cpu", "cuda"):
