@@ -8,8 +8,8 @@ import torch
 
 
 class StageClock:
-    """Milliseconds between laps. On a GPU a lap waits for the work queued so far, so that it is
-    counted."""
+    """Milliseconds between laps. On a GPU a lap waits for the work that this thread has queued so far,
+    so that it is counted."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -17,7 +17,7 @@ class StageClock:
 
     def lap(self) -> float:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         now = time.perf_counter()
         elapsed_ms = (now - self._last) * 1e3
         self._last = now

@@ -436,6 +436,17 @@ class TokenDelta(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """Likewise, where a router passed it on: the request's stays on engines, in order."""
 
 
+class DraftPass(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """One pass of a drafter that is ahead, for time lines and costs."""
+
+    began_s: float
+    """By the monotonic clock of its host, as is the next: that of the steps, where both are on one."""
+    ended_s: float
+    num_rows: int
+    num_drafts: int
+    """Requests that got a draft by it."""
+
+
 class StepStats(WireType, frozen=True, kw_only=True):
     """One step, for histograms."""
 
@@ -448,17 +459,8 @@ class StepStats(WireType, frozen=True, kw_only=True):
     """Drafts chosen for each request that drafted."""
     began_s: float = 0.0
     """When it was planned, by the monotonic clock of the coordinator's host."""
-
-
-class DraftPass(WireType, frozen=True, kw_only=True, omit_defaults=True):
-    """One pass of a drafter that is ahead, for time lines and costs."""
-
-    began_s: float
-    """By the monotonic clock of its host, as is the next: that of the steps, where both are on one."""
-    ended_s: float
-    num_rows: int
-    num_drafts: int
-    """Requests that got a draft by it."""
+    draft_passes: tuple[DraftPass, ...] = ()
+    """Those of a drafter that is ahead that were heard of since the last step."""
 
 
 class KvLinks(WireType, frozen=True, kw_only=True):
@@ -519,8 +521,6 @@ class EngineStatus(WireType, frozen=True, kw_only=True):
     """Entry i counts the rounds in which the i-th draft was accepted."""
     steps: tuple[StepStats, ...] = ()
     """Those since the last status, the latest thousand at most."""
-    draft_passes: tuple[DraftPass, ...] = ()
-    """Those of a drafter that is ahead, likewise."""
     ranks: tuple[str, ...] = ()
     """What each rank said of itself when it had loaded."""
     waiting_tokens: int = 0

@@ -855,6 +855,7 @@ class Scheduler:
                 num_rows=result.num_rows,
                 draft_lengths=lengths,
                 began_s=self._planned_s,
+                draft_passes=() if self.tails is None else self.tails.take_passes(),
             )
         )
         if self._speculation is None:
