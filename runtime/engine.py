@@ -225,7 +225,6 @@ class Engine:
         return msgspec.structs.replace(
             self.scheduler.status(),
             ranks=self.executor.ranks + (() if ahead is None else ahead.ranks),
-            draft_passes=() if ahead is None else ahead.take_passes(),
             links=links,
             num_restarts=self._num_restarts + (0 if ahead is None else ahead.num_restarts),
             restarting=self.failure is not None,

@@ -491,6 +491,15 @@ class TokenDelta(WireType, frozen=True, kw_only=True, omit_defaults=True):
     """Likewise, where a router passed it on: the request's stays on engines, in order."""
 
 
+class DraftPass(WireType, frozen=True, kw_only=True, omit_defaults=True):
+    """One pass of a drafter that is ahead, for time lines and costs."""
+
+    span: Span
+    num_rows: int
+    num_drafts: int
+    """Requests that got a draft by it."""
+
+
 class StepStats(WireType, frozen=True, kw_only=True):
     """One step, for histograms."""
 
@@ -506,15 +515,8 @@ class StepStats(WireType, frozen=True, kw_only=True):
     draft_span: Span | None = None
     """When rank 0 drafted, and when it verified: the time line of the stages."""
     verify_span: Span | None = None
-
-
-class DraftPass(WireType, frozen=True, kw_only=True, omit_defaults=True):
-    """One pass of a drafter that is ahead, for time lines and costs."""
-
-    span: Span
-    num_rows: int
-    num_drafts: int
-    """Requests that got a draft by it."""
+    draft_passes: tuple[DraftPass, ...] = ()
+    """Those of a drafter that is ahead that were heard of since the last step."""
 
 
 class KvLinks(WireType, frozen=True, kw_only=True):
@@ -589,8 +591,6 @@ class EngineStatus(WireType, frozen=True, kw_only=True):
     """Those since the last status, the latest thousand at most."""
     ways: tuple[WayStatus, ...] = ()
     """To draft, where there are several to choose from."""
-    draft_passes: tuple[DraftPass, ...] = ()
-    """Those of a drafter that is ahead, likewise."""
     ranks: tuple[str, ...] = ()
     """What each rank said of itself when it had loaded."""
     waiting_tokens: int = 0

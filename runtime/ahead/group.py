@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,7 +19,6 @@ from paceline.runtime.ahead.channel import OrderSender
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import DeadlineError, EngineError, PacelineError, ShardError
 from paceline.runtime.schedule.tails import TailBook
-from paceline.runtime.types import DraftPass
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +26,6 @@ MOST_IN_VAIN = 5
 """How often draft ranks are started anew without a draft in between; then they are given up."""
 WATCH_EVERY_S = 0.5
 CLOSE_S = 5.0
-_MOST_PASSES = 4096
 
 
 def shared_cores(config: EngineConfig) -> tuple[int | None, bool]:
@@ -76,7 +73,6 @@ class DraftGroup:
         """What each said of itself."""
         self.num_restarts = 0
         self._in_vain = 0
-        self._passes: deque[DraftPass] = deque(maxlen=_MOST_PASSES)
         self._running: DraftRanks | None = None
         self._failure: PacelineError | None = None
         self._closed = False
@@ -110,20 +106,13 @@ class DraftGroup:
             return
         try:
             for tails in self._running.channel.take():
-                book.receive(tails.tails)
-                self._passes += tails.passes
+                book.receive(tails)
                 self._heard_s = self._clock()
                 if tails.tails:
                     self._in_vain = 0
             self._watch(self._running)
         except EngineError as error:
             self._restart(error, book)
-
-    def take_passes(self) -> tuple[DraftPass, ...]:
-        """The passes since the last call, the latest few thousand at most."""
-        passes = tuple(self._passes)
-        self._passes.clear()
-        return passes
 
     def close(self) -> None:
         """End the ranks. Safe to call twice."""

@@ -6,8 +6,11 @@ work side by side where torch does.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
+
+import torch
 
 from paceline.parallel.mesh import Mesh
 from paceline.runtime.ahead.channel import OrderReceiver, OrderSender
@@ -49,15 +52,25 @@ class DraftThread:
     def _run(self, config: EngineConfig, mesh: Mesh, loaded: Loaded) -> None:
         channel = OrderReceiver(self.channel.address, rank=0)
         try:
-            serve(
-                AheadDrafter(config, loaded, rank=0),
-                channel,
-                mesh,
-                step_timeout_s=config.step_timeout_s,
-                alive=lambda: not self._stopped.is_set(),
-            )
+            with _own_stream(mesh.device):
+                serve(
+                    AheadDrafter(config, loaded, rank=0),
+                    channel,
+                    mesh,
+                    step_timeout_s=config.step_timeout_s,
+                    alive=lambda: not self._stopped.is_set(),
+                )
         finally:
             channel.close()
 
     def _dead(self) -> str | None:
         return None if self._thread.is_alive() else "the drafter's thread has ended"
+
+
+def _own_stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """On a GPU, a queue of work beside that of the target's thread, behind what has loaded the models."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.default_stream(device))
+    return torch.cuda.stream(stream)

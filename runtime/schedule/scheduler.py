@@ -977,6 +977,7 @@ class Scheduler:
                 draft_lengths=lengths,
                 draft_span=result.draft_span,
                 verify_span=result.verify_span,
+                draft_passes=() if self.tails is None else self.tails.take_passes(),
             )
         )
         if self._speculation is None:

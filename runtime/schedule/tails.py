@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paceline.runtime.ahead.messages import Close, Commit, Order, Sync, Tail
+from paceline.runtime.ahead.messages import Close, Commit, Order, Sync, Tail, Tails
 from paceline.runtime.errors import ShardError
-from paceline.runtime.types import Request
+from paceline.runtime.types import DraftPass, Request
+
+_MOST_PASSES = 100
 
 
 class TailBuffer:
@@ -121,6 +123,7 @@ class TailBook:
         self._open: dict[str, _Open] = {}
         self._closed: list[str] = []
         self._generations = itertools.count(1)
+        self._passes: deque[DraftPass] = deque(maxlen=_MOST_PASSES)
 
     def __len__(self) -> int:
         """Requests that are drafted for."""
@@ -141,11 +144,18 @@ class TailBook:
         if known is not None and known.told is not None:
             self._closed.append(request_id)
 
-    def receive(self, tails: Iterable[Tail]) -> None:
+    def receive(self, tails: Tails) -> None:
         """Take drafts; those of closed requests are dropped. Raises ShardError, see `TailBuffer`."""
-        for tail in tails:
+        self._passes += tails.passes
+        for tail in tails.tails:
             if (known := self._open.get(tail.request_id)) is not None:
                 known.tail.receive(tail)
+
+    def take_passes(self) -> tuple[DraftPass, ...]:
+        """The drafter's passes that were heard of since the last call, the latest hundred at most."""
+        passes = tuple(self._passes)
+        self._passes.clear()
+        return passes
 
     def take_orders(self) -> list[Order]:
         """What the drafter is to be told now."""

@@ -27,7 +27,7 @@ from paceline.runtime.sampling.batch import SampleState
 from paceline.runtime.sequence import Sequence as TextOnRank
 from paceline.runtime.spec.calibrate import Calibration, DraftRows
 from paceline.runtime.spec.drafter import Ask
-from paceline.runtime.types import Request, StepResult
+from paceline.runtime.types import Request, StepResult, StructuredOutputs
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9]]
 AS_TOKENS: list[Prompt] = [TokensPrompt(prompt_token_ids=prompt) for prompt in PROMPTS]
@@ -284,9 +284,12 @@ def test_text_is_that_of_plain_decoding(
     assert texts(drafted) == texts(plain)
     assert accepted(drafted) > 0
     assert accepted(plain) == 0
-    assert status.draft_passes
-    assert status.steps[0].verify_span is not None
-    assert status.steps[0].verify_span[0] < status.draft_passes[0].span[1]
+    passes = [each for step in status.steps for each in step.draft_passes]
+    assert passes
+    assert all(begin < end for begin, end in (each.span for each in passes))
+    last = status.steps[-1]
+    assert last.verify_span is not None
+    assert passes[-1].span[0] < last.verify_span[1], "on one clock"
     assert "draft rank 0" in status.ranks[1]
 
 
@@ -342,6 +345,26 @@ def test_requests_may_ask_for_fewer_drafts_and_get_them(tiny: Callable[..., Path
         assert each.metrics is not None
         assert len(each.metrics.accepted_at) <= 2
     assert accepted(drafted) > 0
+
+
+def test_drafts_are_shaped_as_the_text_is() -> None:
+    shaped = SamplingParams(
+        temperature=0.8,
+        seed=3,
+        max_tokens=40,
+        repetition_penalty=1.2,
+        min_tokens=4,
+        structured_outputs=StructuredOutputs(json_object=True),
+    )
+    with LLM(
+        distributed_executor_backend="uni",
+        dtype="float32",
+        speculative_config={"schedule": "ahead", "draft_length": "fixed"},
+    ) as llm:
+        (plain,) = llm.generate(["def f(x):"], shaped, num_draft_tokens=0)
+        (drafted,) = llm.generate(["def f(x):"], shaped)
+    assert texts([drafted]) == texts([plain])
+    assert accepted([drafted]) > 0
 
 
 def test_a_text_with_a_window_is_written_without_drafts(tiny: Callable[..., Path]) -> None:

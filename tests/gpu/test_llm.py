@@ -38,6 +38,28 @@ def test_gpu_and_cpu_write_the_same_greedy_text(
     assert all(text == texts[0] for text in texts)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_drafter_that_is_ahead_on_the_same_gpu_leaves_the_text_as_it_is(
+    tiny: Callable[..., Path], temperature: float
+) -> None:
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=64, ignore_eos=True)
+    with LLM(
+        str(tiny(seed=0)),
+        dtype="float32",
+        device="cuda",
+        distributed_executor_backend="uni",
+        speculative_config={"model": str(tiny(seed=0, noise=0.03)), "schedule": "ahead"},
+    ) as llm:
+        texts = [
+            [output.outputs[0].token_ids for output in outputs]
+            for outputs in (
+                llm.generate(PROMPTS, params, num_draft_tokens=budget) for budget in (0, None, None)
+            )
+        ]
+        assert any(step.draft_passes for step in llm.status().steps)
+    assert texts[0] == texts[1] == texts[2]
+
+
 def test_bfloat16_runs_on_a_gpu(tiny: Callable[..., Path]) -> None:
     with LLM(str(tiny(seed=0)), dtype="bfloat16", device="cuda") as llm:
         output = llm.generate(

@@ -146,8 +146,8 @@ def test_orders_go_out_and_drafts_come_in() -> None:
     stage.channel.says.append(stage.drafts(7, 8))
     stage.group.receive(stage.book)
     assert stage.tail.first(9) == (7, 8)
-    assert stage.group.take_passes() == (PASS,)
-    assert stage.group.take_passes() == ()
+    assert stage.book.take_passes() == (PASS,)
+    assert stage.book.take_passes() == ()
     assert stage.group.ranks == ("draft rank 0",)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.pure.test_scheduler import Drafted, Run, make, make_request, solo, text_token
 
-from paceline.runtime.ahead.messages import Close, Commit, Order, Sync
+from paceline.runtime.ahead.messages import Close, Commit, Order, Sync, Tails
 from paceline.runtime.ahead.text import DraftedText
 from paceline.runtime.schedule.scheduler import Scheduler
 from paceline.runtime.schedule.tails import TailBook
@@ -50,7 +50,8 @@ class Drafter:
                 if text.wants:
                     token_id = text_token(request, len(text.token_ids))
                     wrong = self._chance.random() >= self._right
-                    self.book.receive([text.add(token_id + wrong)])
+                    said = text.add(token_id + wrong)
+                    self.book.receive(Tails(rank=0, tails=(said,)))
 
 
 class Target:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from paceline.runtime.ahead.messages import Close, Commit, Sync, Tail
+from paceline.runtime.ahead.messages import Close, Commit, Sync, Tail, Tails
 from paceline.runtime.ahead.text import DraftedText
 from paceline.runtime.errors import ShardError
 from paceline.runtime.schedule.tails import TailBook, TailBuffer
@@ -41,6 +41,10 @@ def tail(position: int, *token_ids: int, base: int = 4, generation: int = 1) -> 
     return Tail(
         request_id="a", generation=generation, base=base, position=position, token_ids=token_ids
     )
+
+
+def said(*tails: Tail) -> Tails:
+    return Tails(rank=0, tails=tails)
 
 
 def buffer(text: list[int]) -> TailBuffer:
@@ -195,7 +199,7 @@ def test_another_drafter_is_told_everything_again() -> None:
     drafts = book.open(request(), text, num_ahead=3)
     (before,) = book.take_orders()
     assert isinstance(before, Sync)
-    book.receive([tail(4, 1, generation=before.generation)])
+    book.receive(said(tail(4, 1, generation=before.generation)))
     book.open(request("b"), [*PROMPT], num_ahead=3)
     book.take_orders()
     book.close("b")
@@ -204,12 +208,12 @@ def test_another_drafter_is_told_everything_again() -> None:
     (again,) = book.take_orders()
     assert isinstance(again, Sync)
     assert again.generation > before.generation
-    book.receive([tail(5, 1, generation=before.generation)])
+    book.receive(said(tail(5, 1, generation=before.generation)))
     assert len(drafts) == 0
 
 
 def test_drafts_of_a_request_that_is_gone_are_dropped() -> None:
-    TailBook().receive([tail(4, 1)])
+    TailBook().receive(said(tail(4, 1)))
 
 
 # ------------------------------------------------------------------------------------ the drafter's end
@@ -307,11 +311,11 @@ def test_texts_are_the_targets_own_whoever_is_slow_and_however_late_the_news(
             # right three times of four
             token_id = guess(there.token_ids, seed=1)
             token_id = rng.choice([token_id] * 3 + [guess(there.token_ids, seed=2)])
-            said = there.add(token_id)
+            new = there.add(token_id)
             made.add(tuple(there.token_ids))
             for _ in range(rng.choice([1, 1, 1, 2])):
-                tails.send(said, at=now + rng.randint(0, delay))
-        book.receive(each for each in tails.take(now) if isinstance(each, Tail))
+                tails.send(new, at=now + rng.randint(0, delay))
+        book.receive(said(*(each for each in tails.take(now) if isinstance(each, Tail))))
         if now % slow[1] == 0:
             room = len(expected) - len(text) - 1
             used = drafts.first(min(most, room))
@@ -369,13 +373,13 @@ class TailMachine(RuleBasedStateMachine):
         for _ in range(min(count, len(self.said))):
             each = self.said.popleft()
             self.heard.append(each)
-            self.book.receive([each])
+            self.book.receive(said(each))
 
     @rule()
     def hear_again(self) -> None:
         """The last words, once more."""
         if self.heard:
-            self.book.receive([self.heard[-1]])
+            self.book.receive(said(self.heard[-1]))
 
     @rule()
     def start_anew(self) -> None:
