@@ -49,7 +49,8 @@ class Pipeline:
         device = self._device = worker.mesh.device
         self._streams: dict[str, torch.cuda.Stream] = {}
         if device.type == "cuda":
-            self._streams = {name: torch.cuda.Stream(device) for name in ("draft", "verify")}
+            for name in ("draft", "verify"):
+                self._streams[name] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(device)  # weights and pools were made on another stream
 
     def send(self, plan: StepPlan) -> Future[StepResult]:

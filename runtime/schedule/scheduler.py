@@ -465,10 +465,12 @@ class Scheduler:
                 continue
             if running.seen == held * block_size:
                 victim = self._victim() if pool.num_free == 0 else None
-                while pool.num_free == 0 and victim is not None:
+                while victim is not None:
                     self._preempt(victim, now_s=now_s)
-                    victim = self._victim() if running.state is State.RUNNING else None
-                if running.state is not State.RUNNING:
+                    if victim is running:
+                        break
+                    victim = self._victim() if pool.num_free == 0 else None
+                if victim is running:
                     break
                 if pool.num_free == 0:  # it goes on when the links or a step give blocks back
                     continue

@@ -4,6 +4,7 @@ before it is answered."""
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def test_each_of_two_steps_has_half_of_the_requests() -> None:
     run.add(*[make_request(name, max_tokens=30) for name in "abcd"])
     plans = [run.step() for _ in range(12)]
     assert all(len(plan.scheduled) == 2 for plan in plans)
-    for plan, following in zip(plans, plans[1:], strict=False):
+    for plan, following in pairwise(plans):
         assert not names(plan) & names(following)
     run.finish()
 
