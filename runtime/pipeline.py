@@ -1,19 +1,21 @@
 """Two plans on a rank at once: drafts are made for one while the other is verified.
 
-    draft thread     | plan 1 |     | plan 2 |     | plan 3 |       no request is in two plans that overlap
-    verify thread             | plan 1       | plan 2       | plan 3
+    draft thread     | a b |     | c d |     | a b |     | c d |
+    verify thread          | a b     | c d     | a b     | c d        requests a .. d
 
 Each stage has a thread, on a GPU a stream, and takes plans in their order, on every rank the same.
 What they share:
 
     a request     its `Sequence` and all that hangs on it go with the plan: at any time one thread has
-                  them. A plan's drafting waits until the last but one is over on this rank too
+                  them. So drafting waits for every earlier plan with one of its requests. The scheduler
+                  has heard that these are over, but of rank 0: another rank may still be at it
     `sequences`   drafting alone: who ends is forgotten, who comes is added. Verification has references
     KV blocks     the drafter's pool is written and read by drafting, the target's by verification; so in
                   either what an earlier plan writes is there for a later one, prefixes included
     ranks         speak over `Mesh.drafting` in one stage and `Mesh.world` in the other: collectives of one
                   group must come in the same order everywhere, and threads keep none
-    the board     drafting marks its own columns, verification the target's (`runtime/transfer/board.py`)
+    the board     drafting marks its own columns, verification the target's (`runtime/transfer/board.py`);
+                  a slot begins anew when no earlier plan is under way
 
 PEARL (arXiv 2408.11850) verifies one batch on some ranks while others draft on for it. Here two halves
 of a batch take turns on the same ranks, and no draft is made that may prove void.
@@ -21,7 +23,6 @@ of a batch take turns on the same ranks, and no draft is made that may prove voi
 
 from __future__ import annotations
 
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 
@@ -35,7 +36,7 @@ CLOSE_S = 5.0
 
 
 class Pipeline:
-    """Carries out a worker's plans. Consecutive ones have no request in common."""
+    """Carries out a worker's plans, two of them at a time where they have no request in common."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -45,33 +46,38 @@ class Pipeline:
             ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(num_threads,))
             for name in ("draft", "verify")
         )
-        self._latest: deque[Future[StepResult]] = deque(maxlen=2)
+        self._under_way: list[tuple[Future[StepResult], set[str]]] = []
+        """Results to come, and the requests of their plans."""
         device = self._device = worker.mesh.device
         self._streams: dict[str, torch.cuda.Stream] = {}
         if device.type == "cuda":
-            self._streams = {
-                name: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-                for name in ("draft", "verify")
-            }
+            for name in ("draft", "verify"):
+                self._streams[name] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(device)  # weights and pools were made on another stream
 
     def send(self, plan: StepPlan) -> Future[StepResult]:
         """Begin a plan; its result. What either stage raises is raised there."""
-        last_but_one = self._latest[0] if len(self._latest) == 2 else None
-        drafted = self._drafting.submit(self._draft, plan, last_but_one)
+        self._under_way = [each for each in self._under_way if not each[0].done()]
+        names = {each.request_id for each in plan.scheduled}
+        begins_slot = any(each.slot is not None for each in plan.scheduled)
+        before = [
+            result
+            for result, theirs in self._under_way
+            if begins_slot or not names.isdisjoint(theirs)
+        ]
+        drafted = self._drafting.submit(self._draft, plan, before)
         result = self._verifying.submit(self._verify, drafted)
-        self._latest.append(result)
+        self._under_way.append((result, names))
         return result
 
     def close(self) -> None:
         """Wait a little for the plans under way. Safe to call twice."""
-        wait(self._latest, timeout=CLOSE_S)
+        wait([result for result, _ in self._under_way], timeout=CLOSE_S)
         for stage in (self._drafting, self._verifying):
             stage.shutdown(wait=False, cancel_futures=True)
 
-    def _draft(self, plan: StepPlan, last_but_one: Future[StepResult] | None) -> Drafted:
-        if last_but_one is not None:
-            wait([last_but_one])
+    def _draft(self, plan: StepPlan, before: list[Future[StepResult]]) -> Drafted:
+        wait(before)
         with self._stream("draft"):
             drafted = self._worker.draft(plan)
             self._finish()

@@ -499,10 +499,12 @@ class Scheduler:
                 continue
             if running.seen == held * block_size:
                 victim = self._victim() if pool.num_free == 0 else None
-                while pool.num_free == 0 and victim is not None:
+                while victim is not None:
                     self._preempt(victim, now_s=now_s)
-                    victim = self._victim() if running.state is State.RUNNING else None
-                if not _runs(running):  # it was the worst itself
+                    if victim is running:
+                        break
+                    victim = self._victim() if pool.num_free == 0 else None
+                if victim is running:
                     break
                 if pool.num_free == 0:  # it goes on when the links or a step give blocks back
                     continue
@@ -1263,10 +1265,6 @@ def _forms(spec: SpeculativeConfig) -> tuple[DraftForm, ...]:
         DraftForm(exact=True),
         *[DraftForm(calibration=other) for other in others if other != spec.calibration],
     )
-
-
-def _runs(running: RunningRequest) -> bool:
-    return running.state is State.RUNNING
 
 
 def _terminal(

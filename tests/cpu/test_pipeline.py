@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import torch
 from paceline import LLM, SamplingParams
 from paceline.runtime.pipeline import Pipeline
 from paceline.runtime.requests import Prompt, TokensPrompt
-from paceline.runtime.types import StepPlan, StepResult, StepStats
+from paceline.runtime.types import ScheduledRequest, StepPlan, StepResult, StepStats
 
 SOON_S = 30.0
 SHARED = [(7 * i * i + i) % 61 for i in range(40)]
@@ -200,28 +199,46 @@ def slow() -> Any:
     pipeline.close()
 
 
-def plans(pipeline: Pipeline, count: int, **more: Any) -> list[Future[StepResult]]:
-    return [pipeline.send(StepPlan(step=step, scheduled=(), **more)) for step in range(count)]
+def plan(step: int, *names: str, slot: int | None = None, shutdown: bool = False) -> StepPlan:
+    scheduled = [ScheduledRequest(request_id=name, num_tokens=1, slot=slot) for name in names]
+    return StepPlan(step=step, scheduled=tuple(scheduled), shutdown=shutdown)
 
 
 def test_a_plan_drafts_while_the_one_before_it_is_verified(
     slow: tuple[SlowWorker, Pipeline],
 ) -> None:
     worker, pipeline = slow
-    results = plans(pipeline, 2)
+    results = [pipeline.send(plan(0, "a", "b")), pipeline.send(plan(1, "c"))]
     worker.go_on["draft"].release()
     worker.wait_for("verify 0", "draft 1")
     assert not any(result.done() for result in results)
 
 
-def test_no_plan_drafts_before_the_last_but_one_is_over(slow: tuple[SlowWorker, Pipeline]) -> None:
+def test_a_request_is_drafted_for_when_its_own_last_plan_is_over_here_too(
+    slow: tuple[SlowWorker, Pipeline],
+) -> None:
+    """Rank 0 may have answered it, and so the scheduler planned the next, while this rank is late."""
     worker, pipeline = slow
-    plans(pipeline, 3)
+    for step, names in enumerate((("a", "b"), ("b",), ("c",))):
+        pipeline.send(plan(step, *names))
     worker.go_on["draft"].release(3)
-    worker.wait_for("verify 0", "draft 1 is over")
-    assert "draft 2" not in worker.told, "requests of plan 0 may be in it"
+    worker.wait_for("verify 0")
+    assert "draft 1" not in worker.told
     worker.go_on["verify"].release()
-    worker.wait_for("draft 2", "verify 1")
+    worker.wait_for("draft 1", "verify 1", "draft 2 is over")
+
+
+def test_a_slot_begins_when_nobody_marks_it_for_the_last_request_any_more(
+    slow: tuple[SlowWorker, Pipeline],
+) -> None:
+    worker, pipeline = slow
+    pipeline.send(plan(0, "a"))
+    pipeline.send(plan(1, "b", slot=0))
+    worker.go_on["draft"].release(2)
+    worker.wait_for("verify 0")
+    assert "draft 1" not in worker.told
+    worker.go_on["verify"].release()
+    worker.wait_for("draft 1")
 
 
 @pytest.mark.parametrize("failing", [True, False])
@@ -229,7 +246,7 @@ def test_what_a_stage_raises_is_the_plan_s_result(
     slow: tuple[SlowWorker, Pipeline], failing: bool
 ) -> None:
     worker, pipeline = slow
-    (result,) = plans(pipeline, 1, shutdown=failing)
+    result = pipeline.send(plan(0, "a", shutdown=failing))
     for semaphore in worker.go_on.values():
         semaphore.release()
     if failing:
