@@ -383,7 +383,7 @@ class _Api:
             ("POST", "/ping", self.health, None, "The same."),
             ("GET", "/metrics", self.metrics, None, "Prometheus' exposition."),
             ("GET", "/version", self.version, None, "Paceline's version."),
-            ("GET", "/load", self.load, None, "Requests in flight."),
+            ("GET", "/load", self.load, None, "Requests in flight, and how they are drafted for."),
             ("GET", "/engines", self.engines, None, "The engines that serve together."),
             ("POST", "/engines", self.add_engine, EngineBody, "Start one more engine."),
             (
@@ -527,7 +527,9 @@ class _Api:
         return _json({"version": version()})
 
     async def load(self, request: Request) -> Response:  # noqa: ARG002
-        return _json({"server_load": self._llm.num_in_flight})
+        ways = self._llm.status().ways
+        drafting = {"drafting": ways} if ways else {}
+        return _json({"server_load": self._llm.num_in_flight, **drafting})
 
     async def engines(self, request: Request) -> Response:  # noqa: ARG002
         fleet, members = self._engines(), self._members()

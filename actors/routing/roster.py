@@ -311,6 +311,7 @@ def total(statuses: Sequence[EngineStatus]) -> EngineStatus:
         **{name: sum([getattr(each, name) for each in statuses]) for name in (*_NOW, *_SO_FAR)},
         accepted_at_position=tuple([sum(counts) for counts in at_position]),
         block_size=max([status.block_size for status in statuses], default=0),
+        ways=next((status.ways for status in statuses if status.ways), ()),
         transfers=TransferTotals(
             **{
                 name: sum([getattr(each, name) for each in transfers])
