@@ -132,6 +132,11 @@ class Penalties:
         ids_K[used : used + len(token_ids)] = ids_K.new_tensor(token_ids)
         less_K = self._less_K.new_zeros(size)
         less_K[:used] = self._less_K
+        if (
+            ids_K.is_cuda
+        ):  # the old ones may be of another stream, and are still to be read on this one
+            for old in (self._ids_K, self._less_K):
+                old.record_stream(torch.cuda.current_stream(old.device))
         self._ids_K, self._less_K = ids_K, less_K
 
 
