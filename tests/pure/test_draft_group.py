@@ -20,7 +20,7 @@ from paceline.runtime.types import DraftPass, Request, SamplingParams
 
 LONG_S = 30.0
 SILENT_S = 10.0
-PASS = DraftPass(began_s=1.0, ended_s=2.0, num_rows=3, num_drafts=1)
+PASS = DraftPass(span=(1.0, 2.0), num_rows=3, num_drafts=1)
 
 
 class Channel:
