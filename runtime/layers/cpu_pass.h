@@ -12,7 +12,9 @@
 
 #pragma once
 
-extern "C" {
+#include "cpu_attention.h"
+#include "cpu_products.h"
+#include "cpu_rows.h"
 
 struct Layer {
     Matrix qkv;      // [units * (G + 2) * D, E]
@@ -36,9 +38,6 @@ struct Stack {
     int32_t num_groups, width;
     float eps, scale;
 };
-
-int stack_bytes() { return int(sizeof(Stack) + sizeof(Group) + sizeof(Layer)); }
-}
 
 namespace {
 
@@ -132,37 +131,3 @@ void whole_pass(const Stack &stack, const Pass &pass, Form form, float *h, float
 }
 
 }  // namespace
-
-extern "C" {
-
-// by the types of weights and KV
-#define PASS(name, W, Kv)                                                                                              \
-    void pass_##name(const Stack *stack, const Pass *pass, int form, float *h, float *delta, float *A) {               \
-        whole_pass<W, Kv>(*stack, *pass, Form(form), h, delta, A);                                                     \
-    }                                                                                                                  \
-    void attention_##name(const Stack *stack, int group, const Pass *pass, float *h, const float *delta, int from,     \
-                          int to, int summed, float *A) {                                                              \
-        const W *x = normed<W>(*stack, pass->num_rows, h, delta);                                                      \
-        attention<W, Kv>(*stack, stack->groups[group], *pass, x, from, to, summed != 0, A);                            \
-    }
-PASS(f32_f32, float, float)
-PASS(bf16_bf16, Bf16, Bf16)
-PASS(bf16_f32, Bf16, float)
-
-// delta [T, E]: feed-forward blocks of layers [from, to) of a group over norm(h += A), summed
-#define MLP(name, W)                                                                                                   \
-    void mlp_##name(const Stack *stack, int group, int T, float *h, const float *A, int from, int to, float *delta) {  \
-        const W *x = normed<W>(*stack, T, h, A);                                                                       \
-        for (int l = from; l < to; l++) mlp(*stack, stack->groups[group].layers[l], T, x, l > from, delta);            \
-    }
-MLP(f32, float)
-MLP(bf16, Bf16)
-
-// y [T, O]
-#define PRODUCT(name, W)                                                                                               \
-    void product_##name(const Matrix *matrix, const W *x, int T, float *y) {                                           \
-        product(x, matrix->inputs, T, *matrix, y, matrix->outputs, false);                                             \
-    }
-PRODUCT(f32, float)
-PRODUCT(bf16, Bf16)
-}

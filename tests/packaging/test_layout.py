@@ -17,8 +17,10 @@ OURS = ("runtime", "actors", "parallel", "proto")
 EMBEDDED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 READ_AT_RUN_TIME = {
     "runtime/layers/cpu_kernels.cpp",
+    "runtime/layers/cpu_attention.h",
     "runtime/layers/cpu_pass.h",
     "runtime/layers/cpu_products.h",
+    "runtime/layers/cpu_rows.h",
     "runtime/layers/cpu_vectors.h",
     "runtime/transfer/kernels.cpp",
     "actors/frontends/page.html",
