@@ -11,8 +11,9 @@ A way is a schedule, a shape of drafts, and how the drafter's layers run:
 What a way gives is measured: tokens per second of whole steps, so that whatever it costs is in it, and
 what its drafts are worth too. It depends on how many requests there are, so each doubling of these has
 a record of its own. The best way stays until another gave `_BETTER` times as much; every other one is
-tried again now and then, the rarer the worse it was, and a trial that goes badly ends at once. So all
-trials together cost a few percent at most.
+tried again now and then, half as often with every time that it lost, soon where it gave more than the
+best gives now, and a trial that goes badly ends at once. So all trials together cost a few percent at
+most.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ class _Record:
     seconds: float = 0.0
     steps: int = 0
     """Since its last trial began."""
-    next_trial: int = 0
-    """When it may be tried again, in steps of its class."""
+    num_lost: int = 0
+    """Trials in a row."""
+    tried: int = -(2**30)
+    """When its last trial ended, in steps of its class."""
 
     @property
     def goodput(self) -> float:
@@ -128,9 +131,12 @@ class Controller:
     _DECAY = 0.9
     _BETTER = 1.05
     _TRIAL_STEPS = 8
-    _HOPELESS_AFTER = 3  # steps of a trial
+    _HOPELESS_AFTER = 2  # steps of a trial
     _HOPELESS = 0.6  # of what the best way gives
-    _TRY_EVERY = 128  # steps of a class
+    _HOPELESS_LOST = 3  # counts for as many trials
+    _TRY_EVERY = 128  # steps of a class, after it lost once
+    _MOST_LOST = 5  # it is not tried less often than after so many
+    _SOON = 32  # steps, where what it gave is more than the best way gives now
 
     def __init__(self, ways: Sequence[Way]) -> None:
         """The first is what is done before anything is known."""
@@ -211,14 +217,23 @@ class Controller:
         if batches.running != batches.best or records[batches.best].steps < self._TRIAL_STEPS:
             return batches.running
         for index, record in enumerate(records):
-            due = index != batches.best and batches.steps >= record.next_trial
-            if due and self._ways[index].suits(num_requests):
+            if self._is_due(batches, index) and self._ways[index].suits(num_requests):
                 record.tokens = record.seconds = 0.0
                 record.steps = 0
                 batches.running = index
                 batches.reason = "on trial"
                 return index
         return batches.best
+
+    def _is_due(self, batches: _Class, index: int) -> bool:
+        """Whether a way should be tried again."""
+        record, best = batches.records[index], batches.records[batches.best]
+        since = batches.steps - record.tried
+        if index == batches.best or since < self._SOON:
+            return False
+        lost = min(record.num_lost, self._MOST_LOST)
+        promising = record.goodput > self._BETTER * best.goodput
+        return promising or since >= self._TRY_EVERY * 2 ** (lost - 1)
 
     def _judge(self, batches: _Class, index: int) -> None:
         """After a step: end a trial that is over, and settle which way is the best."""
@@ -234,12 +249,10 @@ class Controller:
         share = record.goodput / best.goodput if best.goodput > 0.0 else 1.0
         loser = record
         if share > self._BETTER:
-            name = self._ways[batches.best].name
-            batches.reason = f"gave {share:.2f} times as much as {name}"
-            batches.best, loser, share = index, best, 1.0 / share
+            batches.reason = f"gave {share:.2f} times as much as {self._ways[batches.best].name}"
+            batches.best, loser, record.num_lost = index, best, 0
         else:
             batches.reason = f"{self._ways[index].name} gave {share:.2f} times as much"
         batches.running = batches.best
-        # a way that gives half as much is tried a quarter as often
-        wait = self._TRY_EVERY * len(records) / max(0.1, min(1.0, share)) ** 2
-        loser.next_trial = batches.steps + int(wait)
+        loser.num_lost += self._HOPELESS_LOST if hopeless else 1
+        loser.tried = batches.steps
