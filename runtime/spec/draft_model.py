@@ -232,7 +232,10 @@ class _Drafting:
         self._ids: list[Tensor] = []
         self._probs: list[Tensor | None] = []
         self._told: list[list[int]] = [list(ask.drafted) for ask in asks]
-        """Drafts so far, where drawing the next one needs them."""
+        """Drafts so far, for drawing the next one. Which they are matters to penalties and grammars
+        alone; else their number does, and nobody waits for the device to say them."""
+        states = [ask.sequence.sample for ask in asks]
+        self._reads = any(state is not None and state.processes for state in states)
 
     @property
     def latest(self) -> Tensor:
@@ -248,7 +251,8 @@ class _Drafting:
         self._ids.append(ids_B)
         self._probs.append(probs_BV)
         if not self.greedy:
-            for told, token_id in zip(self._told, ids_B.tolist(), strict=False):
+            drafted = ids_B.tolist() if self._reads else [0] * len(ids_B)
+            for told, token_id in zip(self._told, drafted, strict=False):
                 told.append(int(token_id))
 
     def sample_requests(self) -> list[SampleRequest]:
@@ -262,7 +266,8 @@ class _Drafting:
 
     def finish(self) -> list[Draft]:
         """One chain per request asked for."""
-        columns = [ids.tolist() for ids in self._ids]
+        told = iter(torch.cat(self._ids).tolist())  # all at once: one wait for the device
+        columns = [[next(told) for _ in range(len(ids))] for ids in self._ids]
         drafts = []
         for i in range(self._num_asks):
             token_ids = tuple(int(column[i]) for column in columns if i < len(column))
