@@ -30,6 +30,7 @@ def logging_as_it_was() -> Iterator[None]:
     """What a test sets up to be logged, and where, is its own, and nothing that a fixture of a whole
     module has left."""
     root, ours = logging.getLogger(), logging.getLogger("paceline")
+    logging.disable(logging.NOTSET)
     ours.setLevel(logging.NOTSET)
     ours.propagate = True
     logging.getLogger("paceline.requests").disabled = False

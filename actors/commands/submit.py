@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     job = None if asked_for else _job(args)
     from paceline.actors.jobs import Jobs
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells what it uploads, file by file
+    logging.disable(logging.WARNING)  # Ray tells what it uploads, file by file
     jobs = Jobs(args.address)
     if args.status:
         print(jobs.status(args.status))

@@ -60,24 +60,29 @@ T *at_least(std::vector<T> &values, size_t size) {
     return values.data();
 }
 
-// A [L or 1, T, E]: attention of layers [from, to) of a group over x [T, E], each alone or, if `summed`, all in the first.
+// A [L or 1, T, E]: attention of layers [from, to) of a group over x [T, E], each alone or, if `summed`, all in one.
 template <typename W, typename Kv>
-void attention(const Stack &stack, const Group &group, const Pass &pass, const W *x, int from, int to, bool summed, float *A) {
+void attention(const Stack &stack, const Group &group, const Pass &pass, const W *x, int from, int to, bool summed,
+               float *A) {
     Room<W> &own = room<W>();
     const int T = pass.num_rows, D = pass.head_dim, G = group.queries, E = stack.width;
-    const int first = group.layers[from].first_unit;
-    const int U = group.layers[to - 1].first_unit + group.layers[to - 1].num_units - first;
+    int first = 0, U = 0;  // a rank may hold no unit of a layer
+    for (int l = from; l < to; l++) {
+        if (U == 0) first = group.layers[l].first_unit;
+        U += group.layers[l].num_units;
+    }
     const int64_t heads = int64_t(U) * (G + 2) * D, mixed = int64_t(U) * G * D;
     float *qkv = at_least(own.qkv, T * heads);
     W *context = at_least(own.context, T * mixed);
-    for (int l = from; l < to; l++)
-        product(x, E, T, group.layers[l].qkv, qkv + int64_t(group.layers[l].first_unit - first) * (G + 2) * D, heads, false);
+    // where a layer's heads begin among those of all: queries, key, value in qkv; queries in context
+    const auto place = [&](int l) { return int64_t(group.layers[l].num_units ? group.layers[l].first_unit - first : 0); };
+    for (int l = from; l < to; l++) product(x, E, T, group.layers[l].qkv, qkv + place(l) * (G + 2) * D, heads, false);
     if (U > 0)
         attend(pass, qkv, (Kv *)group.blocks + first * group.unit_stride,
                {group.block_stride, group.tile_stride, group.unit_stride}, U, G, group.window, stack.scale, context);
     for (int l = from; l < to; l++) {
-        const W *part = context + int64_t(group.layers[l].first_unit - first) * G * D;
-        product(part, mixed, T, group.layers[l].out, A + (summed ? 0 : int64_t(l - from) * T * E), E, summed && l > from);
+        float *into = A + (summed ? 0 : int64_t(l - from) * T * E);
+        product(context + place(l) * G * D, mixed, T, group.layers[l].out, into, E, summed && l > from);
     }
 }
 
@@ -99,7 +104,8 @@ W *normed(const Stack &stack, int T, float *h, const float *delta) {
     return x;
 }
 
-// The whole stack on one rank. h [T, E] changes; delta [T, E], to be added to it, is set; A [most layers, T, E] is room.
+// The whole stack on one rank. h [T, E] changes; delta [T, E], to be added to it, is set; A [most layers, T, E] is
+// room.
 template <typename W, typename Kv>
 void whole_pass(const Stack &stack, const Pass &pass, Form form, float *h, float *delta, float *A) {
     const int T = pass.num_rows;
