@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paceline.parallel.shard import split
 from paceline.runtime.layers.cpu_kernels import LANES, Pass, load_kernels, supports
 
 if TYPE_CHECKING:
@@ -126,15 +127,18 @@ def _in_tiles(weight_OI: Tensor) -> Tensor:
 def worth_packing(
     arch: Architecture, *, ranks: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether a model's layers are small enough, and nothing in them is what `cpu_pass.h` lacks."""
+    """Whether a model's layers are small enough, and nothing in them is what `cpu_pass.h` lacks. The
+    same on every rank: what they sum must be of one dtype."""
     if not supports(device, dtype, head_dim=arch.head_dim) or load_kernels() is None:
         return False
-    heads = (
-        arch.num_heads + 2 * arch.num_kv_heads
-    ) * arch.head_dim + arch.num_heads * arch.head_dim
-    num_weights = arch.num_layers * arch.hidden_size * (heads + 3 * arch.ff_size)
-    num_weights += arch.vocab_size * arch.hidden_size
-    return not arch.qk_norm and num_weights * dtype.itemsize <= MOST_BYTES * ranks
+    widths = [arch.hidden_size, arch.head_dim]
+    widths += [len(split(arch.ff_size, ranks, rank)) for rank in range(ranks)]
+    in_pairs = dtype != torch.bfloat16 or all(width % 2 == 0 for width in widths)
+    num_heads = 2 * (arch.num_heads + arch.num_kv_heads)  # of queries, keys, values and outputs
+    per_layer = arch.hidden_size * (num_heads * arch.head_dim + 3 * arch.ff_size)
+    num_weights = arch.num_layers * per_layer + arch.vocab_size * arch.hidden_size
+    is_small = num_weights * dtype.itemsize <= MOST_BYTES * ranks
+    return is_small and in_pairs and not arch.qk_norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

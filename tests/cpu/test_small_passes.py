@@ -17,8 +17,9 @@ from paceline.parallel.launch import solo_mesh
 from paceline.runtime.config import make_config
 from paceline.runtime.layers import cpu_pass
 from paceline.runtime.layers.cpu_kernels import load_kernels
-from paceline.runtime.layers.cpu_pass import Packed
+from paceline.runtime.layers.cpu_pass import Packed, worth_packing
 from paceline.runtime.loading import load
+from paceline.runtime.models.arch import read_architecture
 from paceline.runtime.models.model import Model
 from paceline.runtime.spec.layer_parallel import LayerParallel, Placement, Policy
 
@@ -136,3 +137,17 @@ def test_passes_of_many_rows_are_a_library_s(tiny: Callable[..., Path]) -> None:
     many = cpu_pass.most_rows() + 1
     segment = Place(ScatteredBlocks(BLOCKS)).segment(start=0, num_rows=many)
     assert model.rows(model.tokens([1] * many), [segment]).small is None
+
+
+def test_inputs_that_make_no_pairs_are_a_library_s_on_every_rank(
+    tiny: Callable[..., Path],
+) -> None:
+    cpu = torch.device("cpu")
+    arch = read_architecture(tiny(seed=3))
+    assert [arch.ff_size % (2 * ranks) for ranks in (1, 2, 4)] == [0, 0, 4]
+
+    def packs(dtype: torch.dtype, ranks: int) -> bool:
+        return worth_packing(arch, ranks=ranks, dtype=dtype, device=cpu)
+
+    assert [packs(torch.bfloat16, ranks) for ranks in (1, 2, 4)] == [True, True, False]
+    assert packs(torch.float32, 4)
