@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,24 +75,22 @@ class Kernels:
     """The loaded library. Tensors must be contiguous, on the CPU, float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        (
-            self._attend,
-            self._add_rms,
-            self._swiglu,
-            self._move_rows,
-            self._pass,
-            self._attention,
-            self._mlp,
-            self._product,
-        ) = (
-            {
+        self._forms = {
+            name: {
                 tuple(_BY_NAME[part] for part in form.split("_")): function(
                     library, f"{name}_{form}", signature
                 )
                 for form in forms
             }
             for name, (forms, signature) in _FUNCTIONS.items()
+        }
+        self._attend, self._add_rms, self._swiglu, self._move_rows = (
+            self._forms[name] for name in ("attend", "add_rms", "swiglu", "move_rows")
         )
+
+    def form(self, name: str, *dtypes: torch.dtype) -> Callable[..., Any]:
+        """The C function for these dtypes. Whoever calls it keeps what it is given alive."""
+        return self._forms[name][dtypes]
 
     def attend(
         self,
@@ -146,83 +146,6 @@ class Kernels:
             gate_up.data_ptr(), out.numel() // shape[-1], shape[-1], out.data_ptr()
         )
         return out
-
-    # What `cpu_pass.py` calls; `stack` is the address of its C struct.
-
-    def small_pass(
-        self,
-        dtypes: tuple[torch.dtype, torch.dtype],
-        stack: int,
-        given: Pass,
-        form: int,
-        h_TE: Tensor,
-        delta_TE: Tensor,
-        A: Tensor,
-    ) -> None:
-        """All layers; `dtypes` are those of weights and KV."""
-        self._pass[dtypes](
-            stack,
-            ctypes.addressof(given),
-            form,
-            h_TE.data_ptr(),
-            delta_TE.data_ptr(),
-            A.data_ptr(),
-        )
-
-    def small_attention(
-        self,
-        dtypes: tuple[torch.dtype, torch.dtype],
-        stack: int,
-        group: int,
-        given: Pass,
-        h_TE: Tensor,
-        delta_TE: Tensor | None,
-        layers: range,
-        summed: bool,
-        A: Tensor,
-    ) -> None:
-        """Attention of some layers of a group."""
-        self._attention[dtypes](
-            stack,
-            group,
-            ctypes.addressof(given),
-            h_TE.data_ptr(),
-            None if delta_TE is None else delta_TE.data_ptr(),
-            layers.start,
-            layers.stop,
-            summed,
-            A.data_ptr(),
-        )
-
-    def small_mlp(
-        self,
-        dtype: torch.dtype,
-        stack: int,
-        group: int,
-        h_TE: Tensor,
-        A_TE: Tensor,
-        layers: range,
-        delta_TE: Tensor,
-    ) -> None:
-        """Feed-forward blocks of some layers of a group."""
-        self._mlp[(dtype,)](
-            stack,
-            group,
-            h_TE.shape[0],
-            h_TE.data_ptr(),
-            A_TE.data_ptr(),
-            layers.start,
-            layers.stop,
-            delta_TE.data_ptr(),
-        )
-
-    def product(
-        self, dtype: torch.dtype, matrix: ctypes.Structure, x_TI: Tensor, y_TO: Tensor
-    ) -> None:
-        """Rows times a weight in tiles."""
-        self._product[(dtype,)](
-            ctypes.addressof(matrix), x_TI.data_ptr(), x_TI.shape[0], y_TO.data_ptr()
-        )
 
     def move_rows(
         self, blocks: Tensor, *, head_dim: int, block_size: int, source: Tensor, target: Tensor

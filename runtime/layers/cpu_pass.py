@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paceline.parallel.shard import split
-from paceline.runtime.layers.cpu_kernels import LANES, Pass, load_kernels, supports
+from paceline.runtime.layers.cpu_kernels import LANES, Kernels, Pass, load_kernels, supports
 
 if TYPE_CHECKING:
     from paceline.runtime.inputs import Rows
@@ -94,6 +94,7 @@ class Packed:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         """bfloat16 weights must have an even number of inputs."""
+        self._product = _kernels().form("product", weight_OI.dtype)
         self.dtype = weight_OI.dtype
         self.outputs, self.inputs = weight_OI.shape
         self._weight = _in_tiles(weight_OI)
@@ -107,11 +108,16 @@ class Packed:
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """`[T, O]` float32."""
-        kernels = load_kernels()
-        assert kernels is not None, "expected compiled kernels behind a packed weight"
         y_TO = torch.empty(x_TI.shape[0], self.outputs)
-        kernels.product(self.dtype, self.matrix, x_TI, y_TO)
+        matrix, num_rows = ctypes.addressof(self.matrix), x_TI.shape[0]
+        self._product(matrix, x_TI.data_ptr(), num_rows, y_TO.data_ptr())
         return y_TO
+
+
+def _kernels() -> Kernels:
+    kernels = load_kernels()
+    assert kernels is not None, "expected compiled kernels behind packed weights"
+    return kernels
 
 
 def _in_tiles(weight_OI: Tensor) -> Tensor:
@@ -174,11 +180,11 @@ class SmallPasses:
         eps: float,
         scale: float,
     ) -> None:
-        kernels = load_kernels()
-        assert kernels is not None, "expected compiled kernels behind packed weights"
-        self._kernels = kernels
         self.most_rows = most_rows()
-        self._dtypes = (groups[0].layers[0].qkv.dtype, pool.groups[0].dtype)
+        kernels, dtype, kv_dtype = _kernels(), groups[0].layers[0].qkv.dtype, pool.groups[0].dtype
+        self._pass = kernels.form("pass", dtype, kv_dtype)
+        self._attention = kernels.form("attention", dtype, kv_dtype)
+        self._mlp = kernels.form("mlp", dtype)
         self._most_layers = max(len(group.layers) for group in groups)
         made, alive = (_Group * len(groups))(), []
         for index, (group, blocks) in enumerate(zip(groups, pool.groups, strict=True)):
@@ -216,8 +222,13 @@ class SmallPasses:
         T, E = h_TE.shape
         room = torch.empty(1 + (self._most_layers if form == "attention" else 1), T, E)
         delta_TE, A = room[0], room[1:]
-        self._kernels.small_pass(
-            self._dtypes, self._address, _native(rows), _FORMS[form], h_TE, delta_TE, A
+        self._pass(
+            self._address,
+            ctypes.addressof(_native(rows)),
+            _FORMS[form],
+            h_TE.data_ptr(),
+            delta_TE.data_ptr(),
+            A.data_ptr(),
         )
         return h_TE.add_(delta_TE)
 
@@ -235,8 +246,16 @@ class SmallPasses:
         `h_TE += delta_TE`: `[L, T, E]`, or `[T, E]` if summed."""
         shape = h_TE.shape if summed else (len(layers), *h_TE.shape)
         A = torch.empty(shape)
-        self._kernels.small_attention(
-            self._dtypes, self._address, group, _native(rows), h_TE, delta_TE, layers, summed, A
+        self._attention(
+            self._address,
+            group,
+            ctypes.addressof(_native(rows)),
+            h_TE.data_ptr(),
+            None if delta_TE is None else delta_TE.data_ptr(),
+            layers.start,
+            layers.stop,
+            summed,
+            A.data_ptr(),
         )
         return A
 
@@ -244,7 +263,16 @@ class SmallPasses:
         """This rank's part of the feed-forward blocks of some layers of a group, each over the norm of
         `h_TE += A_TE`, summed: `[T, E]`."""
         delta_TE = torch.empty_like(h_TE)
-        self._kernels.small_mlp(self._dtypes[0], self._address, group, h_TE, A_TE, layers, delta_TE)
+        self._mlp(
+            self._address,
+            group,
+            h_TE.shape[0],
+            h_TE.data_ptr(),
+            A_TE.data_ptr(),
+            layers.start,
+            layers.stop,
+            delta_TE.data_ptr(),
+        )
         return delta_TE
 
 
