@@ -117,15 +117,16 @@ def spans(status: EngineStatus) -> list[dict[str, Any]]:
 
 def _spans_of(step: StepStats) -> list[dict[str, Any]]:
     """Of one step. Ranks that share a model run in lockstep, so the first speaks for all."""
-    found = []
-    lanes = "1" if step.draft_passes else "0"
-    for stage, span in (("draft", step.draft_span), ("verify", step.verify_span)):
-        if span is not None and not (stage == "draft" and step.draft_passes):
-            found.append({"rank": "0", "stage": stage, "start_ms": span[0], "end_ms": span[1]})
-    for each in step.draft_passes:
-        begin, end = each.span
-        found.append({"rank": lanes, "stage": "draft", "start_ms": begin, "end_ms": end})
-    return [{**row, "group": ""} for row in found]
+    spans = [("0", "verify", step.verify_span)]
+    if step.draft_passes:
+        spans += [("1", "draft", each.span) for each in step.draft_passes]
+    else:
+        spans.append(("0", "draft", step.draft_span))
+    return [
+        {"rank": rank, "stage": stage, "start_ms": span[0], "end_ms": span[1], "group": ""}
+        for rank, stage, span in spans
+        if span is not None
+    ]
 
 
 def main() -> None:
@@ -163,10 +164,8 @@ def main() -> None:
         report.say(f"  round {number + 1}/{args.rounds}")
     table = _table(made.rows)
     made.ratios = _ratios(table)
-    made.notes = {"timelines": {name: rows for name, rows in lines.items() if rows}}
-    shown = made.notes.pop("timelines")
     made.print(list(table[0]), table)
-    made.notes["timelines"] = shown
+    shown = made.notes["timelines"] = {name: rows for name, rows in lines.items() if rows}
     made.write(args.output)
     if args.output and shown:
         figure = timeline.draw(

@@ -19,6 +19,7 @@ import yaml
 from msgspec import Meta
 
 from paceline.runtime.errors import ConfigError
+from paceline.runtime.types import CalibrationName
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -108,7 +109,7 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         Meta(description="Split every layer over the draft ranks, or give each rank whole layers."),
     ] = "tensor"
     calibration: Annotated[
-        Literal["every_round", "on_mismatch", "never"],
+        CalibrationName,
         Meta(description="After which rounds the drafter's KV is made exact again."),
     ] = "on_mismatch"
     draft_tensor_parallel_size: Annotated[

@@ -11,7 +11,8 @@ What they share:
                   has heard that these are over, but of rank 0: another rank may still be at it
     `sequences`   drafting alone: who ends is forgotten, who comes is added. Verification has references
     KV blocks     the drafter's pool is written and read by drafting, the target's by verification; so in
-                  either what an earlier plan writes is there for a later one, prefixes included
+                  either what an earlier plan writes is there for a later one, prefixes included. Of a tree
+                  verification moves the drafter's rows too: behind the text, where no prefix reaches
     ranks         speak over `Mesh.drafting` in one stage and `Mesh.world` in the other: collectives of one
                   group must come in the same order everywhere, and threads keep none
     the board     drafting marks its own columns, verification the target's (`runtime/transfer/board.py`);

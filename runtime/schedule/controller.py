@@ -19,19 +19,19 @@ most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
 from paceline.runtime.schedule.draft_length import (
     MOST_PLANS,
-    TREE_ROWS,
     AdaptiveDrafts,
     Drafting,
     DraftPolicy,
     DraftState,
     FixedDrafts,
     StepCost,
+    trees_fit,
 )
 from paceline.runtime.types import AS_CONFIGURED, DraftForm, DraftShape, WayStatus
 
@@ -49,7 +49,7 @@ class Way:
 
     def suits(self, num_requests: int) -> bool:
         """Whether as many trees fit into a step."""
-        return self.tree is None or num_requests * self.tree.nodes <= TREE_ROWS
+        return self.tree is None or trees_fit(self.tree, num_requests)
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class _Class:
     running: int = 0
     """The best, or one on trial."""
     steps: int = 0
-    reason: str = field(default="the first way there is")
+    reason: str = "the first way there is"
 
 
 def ways_to_draft(
@@ -93,27 +93,30 @@ def ways_to_draft(
     """Every form with chains, and the first with trees of three sizes; all that in each schedule. `most`
     is the depth of either."""
     ways = []
+    described = [_described(form, alone=len(forms) == 1) for form in forms]
+    sizes = () if tree is None else (tree.nodes, tree.nodes // 2, tree.nodes // 4)
+    shapes = [msgspec.structs.replace(tree, nodes=nodes) for nodes in sizes if nodes > most]
     for plans in plans_in_flight:
         schedule = ["lockstep", "interleaved"][plans - 1] + ", " if len(plans_in_flight) > 1 else ""
-        for form in forms:
-            name = f"{schedule}chain{_described(form, alone=len(forms) == 1)}"
-            ways.append(
-                Way(name=name, policy=AdaptiveDrafts(most=most), form=form, plans_in_flight=plans)
+        ways += [
+            Way(
+                name=f"{schedule}chain{how}",
+                policy=AdaptiveDrafts(most=most),
+                form=form,
+                plans_in_flight=plans,
             )
-        sizes = () if tree is None else (tree.nodes, tree.nodes // 2, tree.nodes // 4)
-        for nodes in sizes:
-            if tree is not None and nodes > most:
-                shape = msgspec.structs.replace(tree, nodes=nodes)
-                name = f"{schedule}{tree.kind} tree of {nodes}{_described(forms[0], alone=len(forms) == 1)}"
-                ways.append(
-                    Way(
-                        name=name,
-                        policy=FixedDrafts(shape),
-                        tree=shape,
-                        form=forms[0],
-                        plans_in_flight=plans,
-                    )
-                )
+            for form, how in zip(forms, described, strict=True)
+        ]
+        ways += [
+            Way(
+                name=f"{schedule}{shape.kind} tree of {shape.nodes}{described[0]}",
+                policy=FixedDrafts(shape),
+                tree=shape,
+                form=forms[0],
+                plans_in_flight=plans,
+            )
+            for shape in shapes
+        ]
     return ways
 
 

@@ -131,6 +131,11 @@ class StepCost(NamedTuple):
     drafting: Drafting = Drafting()
 
 
+def trees_fit(tree: DraftShape, num_requests: int) -> bool:
+    """Whether so many requests may draft such a tree in one step."""
+    return num_requests * tree.nodes <= TREE_ROWS
+
+
 class DraftPolicy(Protocol):
     """Chooses before a step, learns after it."""
 
@@ -184,7 +189,7 @@ class FixedDrafts:
             state.tree = None
         if self._tree is not None:
             modelled = [s for s in states if s.drafter == "draft_model" and s.num_tokens]
-            if len(modelled) * self._tree.nodes <= TREE_ROWS:
+            if trees_fit(self._tree, len(modelled)):
                 for state in modelled:
                     state.tree = self._tree
         return Drafting()
