@@ -6,7 +6,7 @@ likes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -23,6 +23,9 @@ from paceline.runtime.types import (
     StepResult,
 )
 from paceline.runtime.worker import Worker
+
+MakeWorker = Callable[..., Worker]
+"""`make_worker(native=..., **speculative)`: a worker that has worked on nothing yet."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

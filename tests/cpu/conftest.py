@@ -1,15 +1,22 @@
-"""Small random models, saved by transformers as their publishers would."""
+"""Small random models, saved by transformers as their publishers would, and workers over such."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.plans import MakeWorker
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from paceline.parallel.launch import solo_mesh
+from paceline.runtime.config import EngineConfig, make_config
+from paceline.runtime.loading import Loaded, load
+from paceline.runtime.worker import Worker
 
 torch.set_num_threads(1)
 
@@ -70,3 +77,35 @@ def rewrite_config() -> Callable[..., None]:
         path.write_text(json.dumps({k: v for k, v in values.items() if k not in drop}))
 
     return rewrite
+
+
+@pytest.fixture(scope="module")
+def make_worker(tiny: Callable[..., Path]) -> MakeWorker:
+    """`make_worker(native=..., **speculative)`: a worker that has worked on nothing yet."""
+    target, drafter = tiny(seed=0), tiny(seed=0, noise=0.03)
+
+    @cache
+    def models(items: tuple[tuple[str, Any], ...]) -> tuple[EngineConfig, Loaded]:
+        engine = {key: value for key, value in items if key in EngineConfig.__struct_fields__}
+        rest = {key: value for key, value in items if key not in engine}
+        speculative = {"model": str(drafter), "dtype": "float32", "num_speculative_tokens": 8}
+        config = make_config(
+            {
+                "model": str(target),
+                "dtype": "float32",
+                "max_num_seqs": 8,
+                "speculative_config": speculative | rest,
+                **engine,
+            }
+        )
+        return config, load(config, solo_mesh())
+
+    def make(*, native: bool = True, **changes: Any) -> Worker:
+        config, loaded = models(tuple(sorted(changes.items())))
+        assert loaded.target is not None
+        loaded.target._native = native
+        if loaded.draft_model is not None:
+            loaded.draft_model.model._native = native
+        return Worker(config, solo_mesh(), loaded=loaded)
+
+    return make

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,16 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.cpu.test_lossless_rules import assert_exact, compare
 from tests.paged import read_kv
-from tests.plans import Driver, Share, Text, num_accepted, outputs
-from tests.tiny import save_tiny
+from tests.plans import Driver, MakeWorker, Share, Text, num_accepted, outputs
 
-from paceline.parallel.launch import solo_mesh
-from paceline.runtime.config import EngineConfig, make_config
 from paceline.runtime.kv.pool import BlockTable
-from paceline.runtime.loading import Loaded, load
 from paceline.runtime.models.model import Model
 from paceline.runtime.types import DraftShape, SamplingParams, TreeKind
-from paceline.runtime.worker import Worker
 
 torch.set_num_threads(1)
 
@@ -60,41 +52,6 @@ DRAFT_MODELS: dict[str, dict[str, Any]] = {
     "pairs, never": {"layer_parallel_size": 2, "calibration": "never"},
     "blocks of four": {"layer_parallel_size": 4, "layer_parallel_policy": "block"},
 }
-
-MakeWorker = Callable[..., Worker]
-
-
-@pytest.fixture(scope="module")
-def make_worker(tmp_path_factory: pytest.TempPathFactory) -> MakeWorker:
-    """`make_worker(native=..., **speculative)`: a worker that has worked on nothing yet."""
-    folder: Path = tmp_path_factory.mktemp("trees")
-    target = save_tiny(folder / "target")
-    drafter = save_tiny(folder / "drafter", noise=0.03)
-
-    @cache
-    def models(items: tuple[tuple[str, Any], ...]) -> tuple[EngineConfig, Loaded]:
-        engine = {key: value for key, value in items if key in EngineConfig.__struct_fields__}
-        rest = {key: value for key, value in items if key not in engine}
-        speculative = {"model": str(drafter), "dtype": "float32", "num_speculative_tokens": 8}
-        config = make_config(
-            {
-                "model": str(target),
-                "dtype": "float32",
-                "max_num_seqs": 8,
-                "speculative_config": speculative | rest,
-                **engine,
-            }
-        )
-        return config, load(config, solo_mesh())
-
-    def make(*, native: bool = True, **changes: Any) -> Worker:
-        config, loaded = models(tuple(sorted(changes.items())))
-        assert loaded.target is not None
-        assert loaded.draft_model is not None
-        loaded.target._native = loaded.draft_model.model._native = native
-        return Worker(config, solo_mesh(), loaded=loaded)
-
-    return make
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.cpu.test_lossless_rules import assert_exact, compare
-from tests.plans import Driver, Share, Text, num_accepted, outputs
+from tests.plans import Driver, MakeWorker, Share, Text, num_accepted, outputs
 from tests.tiny import Emulation
 from torch import Tensor
 
-from paceline.parallel.launch import solo_mesh
-from paceline.runtime.config import EngineConfig, make_config
-from paceline.runtime.loading import Loaded, load
 from paceline.runtime.types import (
     DrafterName,
     SamplingParams,
@@ -34,7 +31,6 @@ from paceline.runtime.types import (
     StepResult,
     StructuredOutputs,
 )
-from paceline.runtime.worker import Worker
 
 torch.set_num_threads(1)
 
@@ -61,40 +57,6 @@ DRAFT_MODELS: dict[str, dict[str, Any]] = {
     "blocks of four": {"layer_parallel_size": 4, "layer_parallel_policy": "block"},
     "placed by layer": {"layer_parallel_size": 2, "placement": "layer"},
 }
-
-MakeWorker = Callable[..., Worker]
-
-
-@pytest.fixture(scope="module")
-def make_worker(tiny: Callable[..., Path]) -> MakeWorker:
-    """`make_worker(native=..., **speculative)`: a worker that has worked on nothing yet."""
-    target, drafter = tiny(seed=0), tiny(seed=0, noise=0.03)
-
-    @cache
-    def models(items: tuple[tuple[str, Any], ...]) -> tuple[EngineConfig, Loaded]:
-        engine = {key: value for key, value in items if key in EngineConfig.__struct_fields__}
-        rest = {key: value for key, value in items if key not in engine}
-        speculative = {"model": str(drafter), "dtype": "float32", "num_speculative_tokens": 8}
-        config = make_config(
-            {
-                "model": str(target),
-                "dtype": "float32",
-                "max_num_seqs": 8,
-                "speculative_config": speculative | rest,
-                **engine,
-            }
-        )
-        return config, load(config, solo_mesh())
-
-    def make(*, native: bool = True, **changes: Any) -> Worker:
-        config, loaded = models(tuple(sorted(changes.items())))
-        assert loaded.target is not None
-        loaded.target._native = native
-        if loaded.draft_model is not None:
-            loaded.draft_model.model._native = native
-        return Worker(config, solo_mesh(), loaded=loaded)
-
-    return make
 
 
 @pytest.fixture(scope="module")
