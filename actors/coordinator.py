@@ -25,7 +25,7 @@ from paceline.parallel.rank import RankSpec
 from paceline.runtime import logs, stacks
 from paceline.runtime.ahead.channel import OrderSender
 from paceline.runtime.ahead.group import DraftGroup, shared_cores
-from paceline.runtime.channel import PlanSender, RankAddresses
+from paceline.runtime.channel import PlanSender, RankAddresses, RankSender
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.engine import Engine, make_engine
 from paceline.runtime.engine_loop import run_engine
@@ -39,7 +39,7 @@ from paceline.runtime.types import WireType
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 5.0
-ChannelT = TypeVar("ChannelT", bound=PlanSender)
+ChannelT = TypeVar("ChannelT", bound=RankSender)
 
 
 class Started(WireType, frozen=True, kw_only=True):

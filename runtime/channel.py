@@ -72,13 +72,15 @@ _answers_in = msgspec.msgpack.Decoder(Hello | Answer)
 _out = msgspec.msgpack.Encoder()
 
 
-class PlanSender:
-    """The coordinator's end. `watch` names a rank that died, or returns None; it is asked while
-    waiting."""
+class RankSender:
+    """The coordinator's end of a channel to ranks, whatever is said over it. `watch` names a rank that
+    died, or returns None; it is asked while waiting."""
 
-    _words_in: msgspec.msgpack.Decoder[Any] = _answers_in
-    """What ranks may say."""
-    _last_word = _out.encode(StepPlan(step=-1, scheduled=(), shutdown=True))
+    _name = "rank"
+    _words_in: msgspec.msgpack.Decoder[Any]
+    """What ranks may say: `Hello`, and what has a `rank` and a version."""
+    _last_word: bytes
+    """Tells a rank to end."""
 
     def __init__(self, address: str, *, num_ranks: int, watch: Callable[[], str | None]) -> None:
         """Binds `address`, such as `ipc:///tmp/x` or `tcp://10.0.0.1:*`; `self.address` is what
@@ -92,8 +94,6 @@ class PlanSender:
         self.address = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
         self._identities = [_identity(rank) for rank in range(num_ranks)]
         self._watch = watch
-        self._sent: deque[int] = deque()
-        """Steps without a result."""
 
     def wait_for_ranks(self, *, timeout_s: float) -> Ready:
         """What every rank said, once all are ready.
@@ -116,35 +116,6 @@ class PlanSender:
             num_blocks = hello.num_blocks
         ranks = tuple(facts[rank] for rank in range(len(self._identities)))
         return Ready(ranks=ranks, num_blocks=num_blocks)
-
-    def send(self, plan: StepPlan) -> None:
-        """Send a plan to every rank, which may still be at work on earlier ones. Raises ShardError."""
-        body = _out.encode(plan)
-        for rank, identity in enumerate(self._identities):
-            try:
-                self._socket.send_multipart((identity, body))
-            except zmq.ZMQError:  # no such peer any more
-                gone = self._watch() or f"rank {rank} is gone"
-                raise ShardError(f"{gone}, found when sending step {plan.step}") from None
-        self._sent.append(plan.step)
-
-    def receive(self, *, timeout_s: float) -> StepResult:
-        """Rank 0's result of the earliest plan that has none yet. Raises ShardError with any rank's
-        failure, DeadlineError."""
-        step = self._sent.popleft()
-        deadline = time.monotonic() + timeout_s
-        while True:
-            answer = self._receive(deadline, waiting_for=f"step {step}")
-            if isinstance(answer, Hello):
-                raise ShardError(f"rank {answer.rank} started again in the middle of a step")
-            if answer.result.error is not None:
-                raise ShardError(
-                    f"rank {answer.rank}: {answer.result.error}",
-                    out_of_memory=answer.result.out_of_memory,
-                )
-            result: StepResult = answer.result
-            if answer.rank == 0 and result.step == step:
-                return result
 
     def check(self) -> None:
         """Raise ShardError if a rank is gone."""
@@ -186,20 +157,68 @@ class PlanSender:
             )
         return message
 
+    def _say(self, body: bytes, *, what: str, flags: int = 0) -> None:
+        """The same to every rank. Raises ShardError if one is gone."""
+        for rank, identity in enumerate(self._identities):
+            try:
+                self._socket.send_multipart((identity, body), flags)
+            except zmq.ZMQError:  # no such peer any more, or one that has stopped listening
+                gone = self._watch() or f"{self._name} {rank} is gone"
+                raise ShardError(f"{gone}, found when sending {what}") from None
 
-class PlanReceiver:
-    """A rank's end. `answer` may be called from another thread than the rest: it has a socket of its
-    own."""
+
+class PlanSender(RankSender):
+    """The coordinator's end."""
+
+    _words_in = _answers_in
+    _last_word = _out.encode(StepPlan(step=-1, scheduled=(), shutdown=True))
+
+    def __init__(self, address: str, *, num_ranks: int, watch: Callable[[], str | None]) -> None:
+        """See `RankSender`."""
+        super().__init__(address, num_ranks=num_ranks, watch=watch)
+        self._sent: deque[int] = deque()
+        """Steps without a result."""
+
+    def send(self, plan: StepPlan) -> None:
+        """Send a plan to every rank, which may still be at work on earlier ones. Raises ShardError."""
+        self._say(_out.encode(plan), what=f"step {plan.step}")
+        self._sent.append(plan.step)
+
+    def receive(self, *, timeout_s: float) -> StepResult:
+        """Rank 0's result of the earliest plan that has none yet. Raises ShardError with any rank's
+        failure, DeadlineError."""
+        step = self._sent.popleft()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            answer = self._receive(deadline, waiting_for=f"step {step}")
+            if isinstance(answer, Hello):
+                raise ShardError(f"rank {answer.rank} started again in the middle of a step")
+            if answer.result.error is not None:
+                raise ShardError(
+                    f"rank {answer.rank}: {answer.result.error}",
+                    out_of_memory=answer.result.out_of_memory,
+                )
+            result: StepResult = answer.result
+            if answer.rank == 0 and result.step == step:
+                return result
+
+
+class RankReceiver:
+    """A rank's end of a channel."""
 
     def __init__(self, address: str, *, rank: int) -> None:
         self._rank = rank
         self._context = zmq.Context()
-        self._socket, self._answers = (self._context.socket(zmq.DEALER) for _ in range(2))
-        self._socket.setsockopt(zmq.IDENTITY, _identity(rank))
-        for socket in (self._socket, self._answers):
-            socket.setsockopt(zmq.LINGER, 1000)
-            socket.setsockopt(zmq.MAXMSGSIZE, 1 << 26)
-            socket.connect(address)
+        self._socket = self._connect(address)
+
+    def _connect(self, address: str, *, identity: bool = True) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.DEALER)
+        if identity:
+            socket.setsockopt(zmq.IDENTITY, _identity(self._rank))
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.setsockopt(zmq.MAXMSGSIZE, 1 << 26)
+        socket.connect(address)
+        return socket
 
     def ready(self, facts: str, *, num_blocks: int) -> None:
         hello = Hello(rank=self._rank, facts=facts, num_blocks=num_blocks)
@@ -210,6 +229,19 @@ class PlanReceiver:
         user = isinstance(error, UserError)
         words = str(error) if user else f"{type(error).__name__}: {error}"
         self._socket.send(_out.encode(Hello(rank=self._rank, error=words, user_error=user)))
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+class PlanReceiver(RankReceiver):
+    """A rank's end. `answer` may be called from another thread than the rest: it has a socket of its
+    own."""
+
+    def __init__(self, address: str, *, rank: int) -> None:
+        super().__init__(address, rank=rank)
+        self._answers = self._connect(address, identity=False)
 
     def receive(self, *, alive: Callable[[], bool]) -> StepPlan | None:
         """The next plan; None when the coordinator said so or `alive` says that it is gone."""
@@ -227,9 +259,8 @@ class PlanReceiver:
         self._answers.send(_out.encode(Answer(rank=self._rank, result=result)))
 
     def close(self) -> None:
-        self._socket.close()
         self._answers.close()
-        self._context.term()
+        super().close()
 
 
 def _identity(rank: int) -> bytes:

@@ -30,7 +30,7 @@ from paceline.runtime import logs, stacks
 from paceline.runtime.ahead.channel import OrderSender
 from paceline.runtime.ahead.group import DraftGroup, shared_cores
 from paceline.runtime.ahead.thread import DraftThread
-from paceline.runtime.channel import PlanSender, RankAddresses
+from paceline.runtime.channel import PlanSender, RankAddresses, RankSender
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.engine import Engine, make_engine
 from paceline.runtime.engine_loop import run_engine
@@ -287,7 +287,7 @@ class InProcess:
 class _Processes:
     """Ranks in processes of this machine, which end with this one."""
 
-    channel: PlanSender
+    channel: RankSender
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-")
@@ -319,6 +319,8 @@ class _Processes:
 
 class LocalRanks(_Processes):
     """Satisfies `Ranks`."""
+
+    channel: PlanSender
 
     def __init__(self, config: EngineConfig, *, device: str, links: str | None = None) -> None:
         """`links` is where KV links find the engine loop, if there shall be any."""

@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 from paceline.runtime.ahead.messages import Order, Orders, Tails, shutdown
-from paceline.runtime.channel import Hello, PlanReceiver, PlanSender
+from paceline.runtime.channel import Hello, RankReceiver, RankSender
 from paceline.runtime.errors import DeadlineError, ShardError
 from paceline.runtime.types import WIRE_VERSION
 
@@ -25,21 +25,17 @@ _orders_in = msgspec.msgpack.Decoder(Orders)
 _out = msgspec.msgpack.Encoder()
 
 
-class OrderSender(PlanSender):
+class OrderSender(RankSender):
     """The engine loop's end."""
 
+    _name = "draft rank"
     _words_in = msgspec.msgpack.Decoder(Hello | Tails)
     _last_word = shutdown()
 
-    def order(self, orders: list[Order]) -> None:
+    def send(self, orders: list[Order]) -> None:
         """Say the same to every draft rank. Raises ShardError if one is gone."""
         body = _out.encode(Orders(orders=tuple(orders)))
-        for rank, identity in enumerate(self._identities):
-            try:
-                self._socket.send_multipart((identity, body), zmq.DONTWAIT)
-            except zmq.ZMQError:  # no such peer any more, or one that has stopped listening
-                gone = self._watch() or f"draft rank {rank} is gone"
-                raise ShardError(f"{gone}, found when sending orders") from None
+        self._say(body, what="orders", flags=zmq.DONTWAIT)
 
     def take(self) -> list[Tails]:
         """What has come since the last call. Waits for nothing. Raises ShardError with a rank's own
@@ -55,7 +51,7 @@ class OrderSender(PlanSender):
         return found
 
 
-class OrderReceiver(PlanReceiver):
+class OrderReceiver(RankReceiver):
     """A draft rank's end."""
 
     def wait(self, wait_s: float) -> bool:

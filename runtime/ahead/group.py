@@ -94,7 +94,7 @@ class DraftGroup:
             return
         try:
             if orders := book.take_orders():
-                self._running.channel.order(orders)
+                self._running.channel.send(orders)
         except ShardError as error:
             self._restart(error, book)
 

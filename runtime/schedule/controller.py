@@ -94,8 +94,10 @@ def ways_to_draft(
     is the depth of either."""
     ways = []
     described = [_described(form, alone=len(forms) == 1) for form in forms]
-    sizes = () if tree is None else (tree.nodes, tree.nodes // 2, tree.nodes // 4)
-    shapes = [msgspec.structs.replace(tree, nodes=nodes) for nodes in sizes if nodes > most]
+    shapes: list[DraftShape] = []
+    if tree is not None:
+        sizes = (tree.nodes, tree.nodes // 2, tree.nodes // 4)
+        shapes = [msgspec.structs.replace(tree, nodes=nodes) for nodes in sizes if nodes > most]
     for plans in plans_in_flight:
         schedule = ["lockstep", "interleaved"][plans - 1] + ", " if len(plans_in_flight) > 1 else ""
         ways += [

@@ -40,7 +40,7 @@ class Channel:
             raise self.refuses
         return Ready(ranks=("draft rank 0",), num_blocks=8)
 
-    def order(self, orders: list[Order]) -> None:
+    def send(self, orders: list[Order]) -> None:
         self.told += orders
 
     def take(self) -> list[Tails]:
