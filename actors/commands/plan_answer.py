@@ -35,6 +35,10 @@ class Question:
     speculative_model: str | None
 
 
+_WIDTH = 110
+"""Columns that the widest table needs."""
+
+
 def _advice(question: Question, plan: Plan) -> list[str]:
     """Sentences, the first one a command."""
     lines = [_command(question, plan)]
@@ -129,6 +133,8 @@ def _assumptions(question: Question) -> list[str]:
 def show(question: Question, plan: Plan) -> None:
     """Print it for people."""
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:  # rich takes a file for 80 columns wide, and cuts the tables' heads
+        console.width = max(_WIDTH, console.width)
     setting, mine = question.setting, plan.best.memory
     drafter = f" with {question.speculative_model}" if question.speculative_model else ""
     console.print(
