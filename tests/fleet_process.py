@@ -19,7 +19,7 @@ import msgspec
 from paceline.actors.fleet import Fleet, open_fleet
 from paceline.runtime.config import make_config, make_fleet
 from paceline.runtime.preflight import examine
-from paceline.runtime.types import EngineStatus, FinishReason, Request, WireType
+from paceline.runtime.types import EngineRole, EngineStatus, FinishReason, Request, WireType
 
 POLL_S = 0.05
 
@@ -29,6 +29,8 @@ class Serve(WireType, frozen=True, kw_only=True):
 
     config: dict[str, Any]
     fleet: dict[str, Any]
+    then: tuple[EngineRole, ...] = ()
+    """Engines to add once the first serve: which of several starts first is nobody's to say."""
 
 
 class Ask(WireType, frozen=True, kw_only=True):
@@ -67,6 +69,17 @@ def write(fleet: Fleet, ask: Ask) -> Report:
             return Report(texts=texts, reasons=reasons, first_s=first_s, members=members)
 
 
+def add(fleet: Fleet, role: EngineRole, *, timeout_s: float = 90.0) -> None:
+    """One engine more, which serves and has said so."""
+    engine_id = fleet.add_engine(role)
+    deadline_s = time.monotonic() + timeout_s
+    while not any(
+        each.engine_id == engine_id and each.num_blocks for each in fleet.status().members
+    ):
+        assert time.monotonic() < deadline_s, fleet.engines()
+        fleet.poll(POLL_S)
+
+
 def main() -> None:
     reports = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -74,6 +87,8 @@ def main() -> None:
     config = make_config(serve.config)
     fleet = open_fleet(config, examine(config), make_fleet(serve.fleet))
     try:
+        for role in serve.then:
+            add(fleet, role)
         _say(write(fleet, Ask()), to=reports)
         while line := sys.stdin.buffer.readline():
             _say(write(fleet, msgspec.json.decode(line, type=Ask)), to=reports)

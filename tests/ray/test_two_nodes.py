@@ -269,14 +269,14 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """No file of one is seen by the other, so each writes the session's folder anew. b has far more CPUs,
+    """No file of one is seen by the other, so each writes the session's folder anew. a has far more CPUs,
     so that the first of several engines goes there, whatever an earlier test has not given back yet, and
-    the second to a. Ray gives no node up while
-    the link is cut: by itself it may after ten seconds, for it tries again only now and then."""
+    the second to b. Ray gives no node up while the link is cut: by itself it may after ten seconds, for
+    it tries again only now and then."""
     with two_hosts() as (a, b, link):
         env = environment(OMP_NUM_THREADS="1", RAY_health_check_failure_threshold="100")
         common = ["--object-store-memory=100000000", "--disable-usage-stats"]
-        head = ["--head", "--port=6379", "--include-dashboard=false", "--num-cpus=2"]
+        head = ["--head", "--port=6379", "--include-dashboard=false", "--num-cpus=16"]
         for host, flags in ((a, head), (b, [f"--address={GCS}", "--num-cpus=8"])):
             start = ["ray", "start", *flags, f"--node-ip-address={host.address}", *common]
             host.output(start, env, timeout_s=90)
@@ -399,6 +399,7 @@ def served(
         },
     }
     transfer = {
+        "kv_role": "kv_consumer",
         "data_plane": "grpc",
         "draft_kv": "transfer",
         "chunk_bytes": 1 << 16,
@@ -413,12 +414,12 @@ def served(
             "kv_transfer_config": transfer,
         },
         fleet={
-            "prefill_replicas": 1,
             "decode_replicas": 1,
             "routing_policy": "always",
             "engine_placement": "spread",
             "restart_engines": False,
         },
+        then=("prefill",),
     )
     fleet = cluster.a.run(
         [sys.executable, "-m", "tests.fleet_process"],
