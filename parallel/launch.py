@@ -67,7 +67,10 @@ def join(spec: RankSpec) -> Mesh:
     )
     alone = solo_mesh(device)
     whole = Axis(
-        size=spec.world_size, index=spec.rank, collectives=_world_collectives(spec, device)
+        size=spec.world_size,
+        index=spec.rank,
+        collectives=_world_collectives(spec, device),
+        one_host=spec.shared_memory and device.type == "cpu" and spec.local_size == spec.world_size,
     )
     drafting = whole
     if spec.interleaved:  # collectives of one group must come in one order on all ranks
@@ -163,4 +166,4 @@ def _axis(world: Axis, rank: int, size: int) -> Axis:
     group = dist.new_group(list(range(size)))
     if index is None:
         return Axis(size=size, index=None, collectives=Alone())
-    return Axis(size=size, index=index, collectives=ProcessGroup(group, size=size))
+    return replace(world, size=size, index=index, collectives=ProcessGroup(group, size=size))

@@ -25,6 +25,8 @@ class Axis:
     index: int | None
     """This rank's place on the axis; None for a rank that stands outside."""
     collectives: Collectives
+    one_host: bool = False
+    """Whether its ranks may be expected to have memory in common."""
 
     @property
     def member(self) -> bool:

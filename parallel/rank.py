@@ -26,7 +26,7 @@ class RankSpec:
     device_index: int = 0
     """Which of the GPUs that this process can see."""
     shared_memory: bool = True
-    """Whether ranks of one CPU host may sum through DeepSpeed's shared memory."""
+    """Whether ranks of one CPU host may sum through memory that they share."""
     interleaved: bool = False
     """Whether ranks draft while they verify: the two then need collectives of their own."""
     num_threads: int | None = None

@@ -255,14 +255,22 @@ void rotate(const T *x, const float *cos, const float *sin, int D, float scale, 
     }
 }
 
-// qkv [T, U, G + 2, D] -> blocks of U units, context [T, U, G, D]
+// Units [from, to) of all those in a row.
+struct Units {
+    int from, to, all;
+};
+
+// qkv [T, all units, G + 2, D] -> blocks of U of these units, context [T, all units, G, D]
 template <typename In, typename Kv, typename Out>
-void attend(const Pass &pass, const In *qkv, Kv *blocks, const Strides &strides, int U, int G, int layer_window,
-            float scale, Out *context) {
+void attend(const Pass &pass, const In *qkv, Kv *blocks, const Strides &strides, const Units &units, int G,
+            int layer_window, float scale, Out *context) {
     static thread_local std::vector<float> rotated, rotated_sinks;
     static thread_local std::vector<Seen> seen;
-    const int D = pass.head_dim, P = pass.block_size, T = pass.num_rows;
+    const int D = pass.head_dim, P = pass.block_size, T = pass.num_rows, U = units.to - units.from;
     const bool sinks = pass.sink_cos != nullptr;
+    qkv += size_t(units.from) * (G + 2) * D;
+    context += size_t(units.from) * G * D;
+    blocks += units.from * strides.unit;
     rotated.resize(size_t(T) * U * G * D);
     if (sinks) rotated_sinks.resize(rotated.size());
     float key[256];
@@ -272,7 +280,7 @@ void attend(const Pass &pass, const In *qkv, Kv *blocks, const Strides &strides,
             const float *cos = pass.cos + size_t(t) * D, *sin = pass.sin + size_t(t) * D;
             const int64_t tile_at = pass.tables[b][position / P] * strides.block + position % P / LANES * strides.tile;
             for (int u = 0; u < U; u++) {
-                const In *heads = qkv + (size_t(t) * U + u) * (G + 2) * D;
+                const In *heads = qkv + (size_t(t) * units.all + u) * (G + 2) * D;
                 for (int g = 0; g < G; g++) {
                     const size_t at = ((size_t(u) * T + t) * G + g) * D;
                     rotate(heads + g * D, cos, sin, D, scale, rotated.data() + at);
@@ -306,7 +314,7 @@ void attend(const Pass &pass, const In *qkv, Kv *blocks, const Strides &strides,
             for (int u = 0; u < U; u++)
                 for (int q = 0; q < Q; q++) {
                     const int row = start + (from + q) / G, g = (from + q) % G;
-                    copy(seen[u * Q + q].values, D, context + ((size_t(row) * U + u) * G + g) * D);
+                    copy(seen[u * Q + q].values, D, context + ((size_t(row) * units.all + u) * G + g) * D);
                 }
         }
     }

@@ -1,5 +1,5 @@
 // The compiled kernels' C interface, called through ctypes (cpu_kernels.py). No headers but the compiler's: built in
-// seconds. One thread: a rank has one core.
+// seconds.
 
 #include "cpu_attention.h"
 #include "cpu_pass.h"
@@ -9,7 +9,10 @@
 extern "C" {
 
 int pass_bytes() { return int(sizeof(Pass)); }
-int stack_bytes() { return int(sizeof(Stack) + sizeof(Group) + sizeof(Layer)); }
+int stack_bytes() { return int(sizeof(Stack) + sizeof(Group) + sizeof(Layer) + sizeof(Ranks)); }
+
+Team *new_team(int size) { return new Team(size); }
+void end_team(Team *team) { delete team; }
 
 void move_rows_f32(float *blocks, int64_t block_stride, int64_t tile_stride, int64_t unit_stride, int U, int D, int P,
                    const int32_t *from, const int32_t *to, int count) {
@@ -24,7 +27,7 @@ void move_rows_bf16(Bf16 *blocks, int64_t block_stride, int64_t tile_stride, int
 #define ATTEND(name, In, Kv, Out)                                                                                    \
     void attend_##name(const Pass *pass, const In *qkv, Kv *blocks, int64_t block_stride, int64_t tile_stride,         \
                        int64_t unit_stride, int U, int G, int window, float scale, Out *context) {                     \
-        attend(*pass, qkv, blocks, {block_stride, tile_stride, unit_stride}, U, G, window, scale, context);            \
+        attend(*pass, qkv, blocks, {block_stride, tile_stride, unit_stride}, {0, U, U}, G, window, scale, context);    \
     }
 ATTEND(f32_f32_f32, float, float, float)
 ATTEND(f32_f32_bf16, float, float, Bf16)
@@ -42,31 +45,35 @@ void swiglu_bf16(const Bf16 *gate_up, int rows, int F, Bf16 *out) { swiglu(gate_
 
 // by the types of weights and KV
 #define PASS(name, W, Kv)                                                                                              \
-    void pass_##name(const Stack *stack, const Pass *pass, int form, float *h, float *delta, float *A) {               \
-        whole_pass<W, Kv>(*stack, *pass, Form(form), h, delta, A);                                                     \
+    void pass_##name(Team *team, const Stack *stack, const Pass *pass, int form, float *h, float *delta, float *A) {   \
+        together<W, Kv>(*team, *stack, *pass, [&](const auto &run) { run.whole(Form(form), h, delta, A); });           \
     }                                                                                                                  \
-    void attention_##name(const Stack *stack, int group, const Pass *pass, float *h, const float *delta, int from,     \
-                          int to, int summed, float *A) {                                                              \
-        const W *x = normed<W>(*stack, pass->num_rows, h, delta);                                                      \
-        attention<W, Kv>(*stack, stack->groups[group], *pass, x, from, to, summed != 0, A);                            \
+    void attention_##name(Team *team, const Stack *stack, int group, const Pass *pass, float *h, const float *delta,   \
+                          int from, int to, int summed, float *A) {                                                    \
+        together<W, Kv>(*team, *stack, *pass, [&](const auto &run) {                                                   \
+            run.norm(h, delta);                                                                                        \
+            run.attention(stack->groups[group], from, to, summed != 0, A);                                             \
+        });                                                                                                            \
+    }                                                                                                                  \
+    /* delta [T, E]: feed-forward blocks of layers [from, to) of a group over norm(h += A), summed */                  \
+    void mlp_##name(Team *team, const Stack *stack, int group, const Pass *pass, float *h, const float *A, int from,   \
+                    int to, float *delta) {                                                                            \
+        together<W, Kv>(*team, *stack, *pass, [&](const auto &run) {                                                   \
+            run.norm(h, A);                                                                                            \
+            for (int l = from; l < to; l++) run.mlp(stack->groups[group].layers[l], l > from, delta);                  \
+        });                                                                                                            \
     }
 PASS(f32_f32, float, float)
 PASS(bf16_bf16, Bf16, Bf16)
 PASS(bf16_f32, Bf16, float)
 
-// delta [T, E]: feed-forward blocks of layers [from, to) of a group over norm(h += A), summed
-#define MLP(name, W)                                                                                                   \
-    void mlp_##name(const Stack *stack, int group, int T, float *h, const float *A, int from, int to, float *delta) {  \
-        const W *x = normed<W>(*stack, T, h, A);                                                                       \
-        for (int l = from; l < to; l++) mlp(*stack, stack->groups[group].layers[l], T, x, l > from, delta);            \
-    }
-MLP(f32, float)
-MLP(bf16, Bf16)
-
 // y [T, O]
 #define PRODUCT(name, W)                                                                                               \
-    void product_##name(const Matrix *matrix, const W *x, int T, float *y) {                                           \
-        product(x, matrix->inputs, T, *matrix, y, matrix->outputs, false);                                             \
+    void product_##name(Team *team, const Matrix *matrix, const W *x, int T, float *y) {                               \
+        team->run([&](int index) {                                                                                     \
+            const auto part = Member{*team, index}.part((matrix->outputs + LANES - 1) / LANES);                        \
+            product(x, matrix->inputs, T, *matrix, y, matrix->outputs, false, part.from, part.to);                     \
+        });                                                                                                            \
     }
 PRODUCT(f32, float)
 PRODUCT(bf16, Bf16)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,13 @@ _FUNCTIONS = {
     "add_rms": (("f32_f32", "bf16_bf16", "f32_bf16"), (_P, _P, _I, _I, _F, _P)),
     "swiglu": (("f32", "bf16"), (_P, _I, _I, _P)),
     "move_rows": (("f32", "bf16"), (_P, _L, _L, _L, _I, _I, _I, _P, _P, _I)),
-    "pass": (("f32_f32", "bf16_bf16", "bf16_f32"), (_P, _P, _I, _P, _P, _P)),
+    "pass": (("f32_f32", "bf16_bf16", "bf16_f32"), (_P, _P, _P, _I, _P, _P, _P)),
     "attention": (
         ("f32_f32", "bf16_bf16", "bf16_f32"),
-        (_P, _I, _P, _P, _P, _I, _I, _I, _P),
+        (_P, _P, _I, _P, _P, _P, _I, _I, _I, _P),
     ),
-    "mlp": (("f32", "bf16"), (_P, _I, _I, _P, _P, _I, _I, _P)),
-    "product": (("f32", "bf16"), (_P, _P, _I, _P)),
+    "mlp": (("f32_f32", "bf16_bf16", "bf16_f32"), (_P, _P, _I, _P, _P, _P, _I, _I, _P)),
+    "product": (("f32", "bf16"), (_P, _P, _P, _I, _P)),
 }
 """The forms each comes in, by the dtypes it reads and writes, and its arguments."""
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -71,6 +73,14 @@ class Pass(ctypes.Structure):
     )
 
 
+class Team:
+    """Threads that wait for work, and end when nobody has them any more."""
+
+    def __init__(self, address: int, size: int, *, end: Callable[[int], None]) -> None:
+        self.address, self.size = address, size
+        weakref.finalize(self, end, address)
+
+
 class Kernels:
     """The loaded library. Tensors must be contiguous, on the CPU, float32 or bfloat16."""
 
@@ -84,6 +94,9 @@ class Kernels:
             }
             for name, (forms, signature) in _FUNCTIONS.items()
         }
+        self._new_team = function(library, "new_team", (_I,), result=_P)
+        self._end_team = function(library, "end_team", (_P,))
+        self._teams = threading.local()
         self._attend, self._add_rms, self._swiglu, self._move_rows = (
             self._forms[name] for name in ("attend", "add_rms", "swiglu", "move_rows")
         )
@@ -91,6 +104,14 @@ class Kernels:
     def form(self, name: str, *dtypes: torch.dtype) -> Callable[..., Any]:
         """The C function for these dtypes. Whoever calls it keeps what it is given alive."""
         return self._forms[name][dtypes]
+
+    def team(self) -> int:
+        """Address of the threads that compute with the caller's: as many in all as torch has there."""
+        size = torch.get_num_threads()
+        team = getattr(self._teams, "own", None)
+        if team is None or team.size != size:
+            team = self._teams.own = Team(self._new_team(size), size, end=self._end_team)
+        return team.address
 
     def attend(
         self,

@@ -9,12 +9,18 @@
 //     grouped   all layers' attention from one norm(h += delta), then, as runtime/spec/layer_parallel.py says:
 //               `attention`  for each layer:  delta = mlp(norm(h += delta + A_l))
 //               `block`      h += sum A_l;    delta = sum mlp_l(norm(h))
+//
+// A team of threads does each stage together: products by their outputs, attention by its units, norms by rows. Ranks
+// that share memory add A and delta up in the pass; where they do not, each half of a layer is a call of its own.
 
 #pragma once
+
+#include <algorithm>
 
 #include "cpu_attention.h"
 #include "cpu_products.h"
 #include "cpu_rows.h"
+#include "cpu_team.h"
 
 struct Layer {
     Matrix qkv;      // [units * (G + 2) * D, E]
@@ -35,105 +41,170 @@ enum Form : int32_t { EXACT, ATTENTION, BLOCK };
 
 struct Stack {
     const Group *groups;
+    Ranks *ranks;  // null: alone, or not to be added up here
     int32_t num_groups, width;
     float eps, scale;
 };
 
 namespace {
 
-// Where a pass keeps what is on its way; as large as the largest so far.
+// Where a pass keeps what is on its way; as large as the largest so far, of whoever began it.
 template <typename W>
 struct Room {
     std::vector<W> x, context, active;
     std::vector<float> qkv, gate_up;
+
+    void fit(const Stack &stack, const Pass &pass) {
+        const size_t T = pass.num_rows;
+        size_t heads = 0, mixed = 0, ff = 0;
+        for (const Group *group = stack.groups; group < stack.groups + stack.num_groups; group++) {
+            const size_t width = size_t(group->num_units) * pass.head_dim;
+            heads = std::max(heads, width * (group->queries + 2)), mixed = std::max(mixed, width * group->queries);
+            for (int l = 0; l < group->num_layers; l++) ff = std::max(ff, size_t(group->layers[l].down.inputs));
+        }
+        at_least(x, T * stack.width), at_least(qkv, T * heads), at_least(context, T * mixed);
+        at_least(gate_up, T * 2 * ff), at_least(active, T * ff);
+    }
+
+    template <typename T>
+    static void at_least(std::vector<T> &values, size_t size) {
+        if (values.size() < size) values.resize(size);
+    }
 };
 
-template <typename W>
-Room<W> &room() {
-    static thread_local Room<W> own;
-    return own;
-}
-
-template <typename T>
-T *at_least(std::vector<T> &values, size_t size) {
-    if (values.size() < size) values.resize(size);
-    return values.data();
-}
-
-// A [L or 1, T, E]: attention of layers [from, to) of a group over x [T, E], each alone or, if `summed`, all in one.
+// One thread's view of a pass. All of a team call the same in the same order; each function ends with a meeting.
 template <typename W, typename Kv>
-void attention(const Stack &stack, const Group &group, const Pass &pass, const W *x, int from, int to, bool summed,
-               float *A) {
-    Room<W> &own = room<W>();
-    const int T = pass.num_rows, D = pass.head_dim, G = group.queries, E = stack.width;
-    int first = 0, U = 0;  // a rank may hold no unit of a layer
-    for (int l = from; l < to; l++) {
-        if (U == 0) first = group.layers[l].first_unit;
-        U += group.layers[l].num_units;
+struct Run {
+    const Stack &stack;
+    const Pass &pass;
+    Room<W> &room;
+    const Member me;
+    const int T = pass.num_rows, E = stack.width;
+
+    void multiply(const W *x, int64_t x_stride, const Matrix &matrix, float *y, int64_t y_stride, bool add) const {
+        const auto part = me.part((matrix.outputs + LANES - 1) / LANES);
+        product(x, x_stride, T, matrix, y, y_stride, add, part.from, part.to);
     }
-    const int64_t heads = int64_t(U) * (G + 2) * D, mixed = int64_t(U) * G * D;
-    float *qkv = at_least(own.qkv, T * heads);
-    W *context = at_least(own.context, T * mixed);
-    // where a layer's heads begin among those of all: queries, key, value in qkv; queries in context
-    const auto place = [&](int l) { return int64_t(group.layers[l].num_units ? group.layers[l].first_unit - first : 0); };
-    for (int l = from; l < to; l++) product(x, E, T, group.layers[l].qkv, qkv + place(l) * (G + 2) * D, heads, false);
-    if (U > 0)
-        attend(pass, qkv, (Kv *)group.blocks + first * group.unit_stride,
-               {group.block_stride, group.tile_stride, group.unit_stride}, U, G, group.window, stack.scale, context);
-    for (int l = from; l < to; l++) {
-        float *into = A + (summed ? 0 : int64_t(l - from) * T * E);
-        product(context + place(l) * G * D, mixed, T, group.layers[l].out, into, E, summed && l > from);
-    }
-}
 
-template <typename W>
-void mlp(const Stack &stack, const Layer &layer, int T, const W *x, bool add, float *delta) {
-    Room<W> &own = room<W>();
-    const int F = layer.down.inputs;
-    float *gate_up = at_least(own.gate_up, size_t(T) * 2 * F);
-    W *active = at_least(own.active, size_t(T) * F);
-    product(x, stack.width, T, layer.gate_up, gate_up, 2 * F, false);
-    swiglu(gate_up, T, F, active);
-    product(active, F, T, layer.down, delta, stack.width, add);
-}
-
-template <typename W>
-W *normed(const Stack &stack, int T, float *h, const float *delta) {
-    W *x = at_least(room<W>().x, size_t(T) * stack.width);
-    add_rms(h, delta, T, stack.width, stack.eps, x);
-    return x;
-}
-
-// The whole stack on one rank. h [T, E] changes; delta [T, E], to be added to it, is set; A [most layers, T, E] is
-// room.
-template <typename W, typename Kv>
-void whole_pass(const Stack &stack, const Pass &pass, Form form, float *h, float *delta, float *A) {
-    const int T = pass.num_rows;
-    const float *last = nullptr;
-    for (const Group *group = stack.groups; group < stack.groups + stack.num_groups; group++) {
-        const int L = group->num_layers;
-        if (form == EXACT || L == 1) {
-            for (int l = 0; l < L; l++) {
-                attention<W, Kv>(stack, *group, pass, normed<W>(stack, T, h, last), l, l + 1, true, A);
-                mlp(stack, group->layers[l], T, normed<W>(stack, T, h, A), false, delta);
-                last = delta;
-            }
-            continue;
+    // A [L or 1, T, E]: attention of layers [from, to) of a group over x [T, E], each alone or, if `summed`, all in one.
+    void attention(const Group &group, int from, int to, bool summed, float *A) const {
+        const int D = pass.head_dim, G = group.queries;
+        int first = 0, U = 0;  // a rank may hold no unit of a layer
+        for (int l = from; l < to; l++) {
+            if (U == 0) first = group.layers[l].first_unit;
+            U += group.layers[l].num_units;
         }
-        attention<W, Kv>(stack, *group, pass, normed<W>(stack, T, h, last), 0, L, form == BLOCK, A);
-        if (form == BLOCK) {
-            const W *x = normed<W>(stack, T, h, A);
-            for (int l = 0; l < L; l++) mlp(stack, group->layers[l], T, x, l > 0, delta);
-        } else {
-            for (int l = 0; l < L; l++) {
-                float *A_l = A + int64_t(l) * T * stack.width;
-                if (l > 0)
-                    for (int64_t i = 0; i < int64_t(T) * stack.width; i++) A_l[i] += delta[i];
-                mlp(stack, group->layers[l], T, normed<W>(stack, T, h, A_l), false, delta);
-            }
+        const int64_t heads = int64_t(U) * (G + 2) * D, mixed = int64_t(U) * G * D;
+        float *qkv = room.qkv.data();
+        W *context = room.context.data();
+        // where a layer's heads begin among those of all: queries, key, value in qkv; queries in context
+        const auto place = [&](int l) {
+            return int64_t(group.layers[l].num_units ? group.layers[l].first_unit - first : 0);
+        };
+        for (int l = from; l < to; l++)
+            multiply(room.x.data(), E, group.layers[l].qkv, qkv + place(l) * (G + 2) * D, heads, false);
+        me.meet();
+        const auto units = me.part(U);
+        if (units.from < units.to)
+            attend(pass, qkv, (Kv *)group.blocks + first * group.unit_stride,
+                   {group.block_stride, group.tile_stride, group.unit_stride}, {units.from, units.to, U}, G,
+                   group.window, stack.scale, context);
+        me.meet();
+        for (int l = from; l < to; l++) {
+            float *into = A + (summed ? 0 : int64_t(l - from) * T * E);
+            multiply(context + place(l) * G * D, mixed, group.layers[l].out, into, E, summed && l > from);
         }
-        last = delta;
+        me.meet();
     }
+
+    // delta [T, E] is set, or added to
+    void mlp(const Layer &layer, bool add, float *delta) const {
+        const int F = layer.down.inputs;
+        float *gate_up = room.gate_up.data();
+        W *active = room.active.data();
+        multiply(room.x.data(), E, layer.gate_up, gate_up, 2 * F, false);
+        me.meet();
+        const auto part = me.part(F, LANES);
+        for (int t = 0; t < T; t++)
+            gate(gate_up + int64_t(t) * 2 * F, F, part.from, part.to, active + int64_t(t) * F);
+        me.meet();
+        multiply(active, F, layer.down, delta, E, add);
+        me.meet();
+    }
+
+    // room.x = norm(h += delta)
+    void norm(float *h, const float *delta) const {
+        const auto rows = me.part(T);
+        const int64_t at = int64_t(rows.from) * E;
+        add_rms(h + at, delta ? delta + at : nullptr, rows.to - rows.from, E, stack.eps, room.x.data() + at);
+        me.meet();
+    }
+
+    // The sum over ranks, in place.
+    void sum(float *values, int64_t count) const {
+        if (!stack.ranks) return;
+        if (me.index == 0) add_up(*stack.ranks, values, count);
+        me.meet();
+    }
+
+    void exact(const Group &group, int l, float *h, const float *last, float *delta, float *A) const {
+        norm(h, last);
+        attention(group, l, l + 1, true, A);
+        sum(A, int64_t(T) * E);
+        norm(h, A);
+        mlp(group.layers[l], false, delta);
+        sum(delta, int64_t(T) * E);
+    }
+
+    void block(const Group &group, float *h, const float *last, float *delta, float *A) const {
+        norm(h, last);
+        attention(group, 0, group.num_layers, true, A);
+        sum(A, int64_t(T) * E);
+        norm(h, A);
+        for (int l = 0; l < group.num_layers; l++) mlp(group.layers[l], l > 0, delta);
+        sum(delta, int64_t(T) * E);
+    }
+
+    void side_by_side(const Group &group, float *h, const float *last, float *delta, float *A) const {
+        const int64_t size = int64_t(T) * E;
+        norm(h, last);
+        attention(group, 0, group.num_layers, false, A);
+        sum(A, group.num_layers * size);
+        for (int l = 0; l < group.num_layers; l++) {
+            float *A_l = A + l * size;
+            if (l > 0) {
+                const auto part = me.part(size, LANES);
+                for (int64_t i = part.from; i < part.to; i++) A_l[i] += delta[i];
+                me.meet();
+            }
+            norm(h, A_l);
+            mlp(group.layers[l], false, delta);
+            sum(delta, size);
+        }
+    }
+
+    // The whole stack. h [T, E] changes; delta [T, E], to be added to it, is set; A [most layers, T, E] is room.
+    void whole(Form form, float *h, float *delta, float *A) const {
+        const float *last = nullptr;
+        for (const Group *group = stack.groups; group < stack.groups + stack.num_groups; group++) {
+            if (form == EXACT || group->num_layers == 1)
+                for (int l = 0; l < group->num_layers; l++, last = delta) exact(*group, l, h, last, delta, A);
+            else if (form == BLOCK)
+                block(*group, h, last, delta, A);
+            else
+                side_by_side(*group, h, last, delta, A);
+            last = delta;
+        }
+    }
+};
+
+// `part(run)` by every thread of the team.
+template <typename W, typename Kv, typename Part>
+void together(Team &team, const Stack &stack, const Pass &pass, Part &&part) {
+    static thread_local Room<W> room;
+    Room<W> &ours = room;
+    ours.fit(stack, pass);
+    team.run([&](int index) { part(Run<W, Kv>{stack, pass, ours, {team, index}}); });
 }
 
 }  // namespace

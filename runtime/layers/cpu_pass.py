@@ -19,16 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paceline.parallel.region import share
 from paceline.parallel.shard import split
 from paceline.runtime.layers.cpu_kernels import LANES, Kernels, Pass, load_kernels, supports
 
 if TYPE_CHECKING:
+    from paceline.parallel.mesh import Axis
     from paceline.runtime.inputs import Rows
     from paceline.runtime.kv.pool import KvPool
     from paceline.runtime.models.arch import Architecture
 
 MOST_BYTES = 256 * 2**20
 """Of weights that are kept a second time."""
+SUM_TIMEOUT_S = 600.0
+"""How long a rank waits for another in the midst of a pass. Whoever started the ranks ends them long
+before, and says what each was at."""
 
 Form = Literal["exact", "attention", "block"]
 _FORMS: dict[Form, int] = {"exact": 0, "attention": 1, "block": 2}
@@ -71,6 +76,7 @@ class _Group(ctypes.Structure):
 class _Stack(ctypes.Structure):
     _fields_ = (
         ("groups", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
         ("num_groups", ctypes.c_int32),
         ("width", ctypes.c_int32),
         ("eps", ctypes.c_float),
@@ -78,15 +84,26 @@ class _Stack(ctypes.Structure):
     )
 
 
-STRUCT_BYTES = sum(ctypes.sizeof(each) for each in (_Stack, _Group, _Layer))
+class _Ranks(ctypes.Structure):
+    _fields_ = (
+        ("region", ctypes.c_void_p),
+        ("rank", ctypes.c_int32),
+        ("size", ctypes.c_int32),
+        ("capacity", ctypes.c_int64),
+        ("turn", ctypes.c_int64),
+        ("timeout_s", ctypes.c_double),
+        ("failed", ctypes.c_int32),
+    )
+
+
+STRUCT_BYTES = sum(ctypes.sizeof(each) for each in (_Stack, _Group, _Layer, _Ranks))
 
 
 def most_rows() -> int:
-    """Passes of more rows are a library's: it uses all threads, and tiles in processors that have those.
-    Measured on one core without tiles against oneDNN, 24 layers of 256: 3.2 times as fast at one row,
-    1.7 at six, 1.5 at 36."""
-    most = 16 if torch.cpu._is_amx_tile_supported() else 64
-    return max(4, most // torch.get_num_threads())
+    """Passes of more rows are a library's, which uses tiles in processors that have those. Measured on
+    one core without tiles against oneDNN, 24 layers of 256: 3.2 times as fast at one row, 1.7 at six,
+    1.5 at 36."""
+    return 16 if torch.cpu._is_amx_tile_supported() else 64
 
 
 class Packed:
@@ -94,7 +111,8 @@ class Packed:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         """bfloat16 weights must have an even number of inputs."""
-        self._product = _kernels().form("product", weight_OI.dtype)
+        self._kernels = _kernels()
+        self._product = self._kernels.form("product", weight_OI.dtype)
         self.dtype = weight_OI.dtype
         self.outputs, self.inputs = weight_OI.shape
         self._weight = _in_tiles(weight_OI)
@@ -110,7 +128,8 @@ class Packed:
         """`[T, O]` float32."""
         y_TO = torch.empty(x_TI.shape[0], self.outputs)
         matrix, num_rows = ctypes.addressof(self.matrix), x_TI.shape[0]
-        self._product(matrix, x_TI.data_ptr(), num_rows, y_TO.data_ptr())
+        team = self._kernels.team()
+        self._product(team, matrix, x_TI.data_ptr(), num_rows, y_TO.data_ptr())
         return y_TO
 
 
@@ -176,15 +195,18 @@ class SmallPasses:
         groups: Sequence[PackedGroup],
         pool: KvPool,
         *,
+        axis: Axis,
         width: int,
         eps: float,
         scale: float,
     ) -> None:
+        """Collective: every rank of the axis makes its own at the same time."""
         self.most_rows = most_rows()
         kernels, dtype, kv_dtype = _kernels(), groups[0].layers[0].qkv.dtype, pool.groups[0].dtype
+        self._team = kernels.team
         self._pass = kernels.form("pass", dtype, kv_dtype)
         self._attention = kernels.form("attention", dtype, kv_dtype)
-        self._mlp = kernels.form("mlp", dtype)
+        self._mlp = kernels.form("mlp", dtype, kv_dtype)
         self._most_layers = max(len(group.layers) for group in groups)
         made, alive = (_Group * len(groups))(), []
         for index, (group, blocks) in enumerate(zip(groups, pool.groups, strict=True)):
@@ -213,16 +235,31 @@ class SmallPasses:
                 group.queries,
                 group.window or 0,
             )
-        self._alive = (groups, pool, made, alive)
-        self._stack = _Stack(ctypes.addressof(made), len(groups), width, eps, scale)
+        most_floats = self.most_rows * self._most_layers * width
+        self._ranks, region = None, None
+        if axis.size > 1:
+            lines, capacity = 64 * axis.size, -(-most_floats // LANES) * LANES
+            region = share(axis, lines + 2 * axis.size * capacity * 4)
+        if region is not None:
+            assert axis.index is not None, "expected a rank of the axis"
+            self._ranks = _Ranks(
+                region.address, axis.index, axis.size, capacity, 0, SUM_TIMEOUT_S, 0
+            )
+        self._alive = (groups, pool, made, alive, region)
+        ranks = None if self._ranks is None else ctypes.addressof(self._ranks)
+        self._stack = _Stack(ctypes.addressof(made), ranks, len(groups), width, eps, scale)
         self._address = ctypes.addressof(self._stack)
+        self.runs_whole = axis.size == 1 or self._ranks is not None
+        """Whether `whole` may be asked for: ranks without memory in common add up between two calls."""
 
     def whole(self, h_TE: Tensor, rows: Rows, form: Form) -> Tensor:
-        """All layers on one rank: `[T, E]` before the final norm. `h_TE` is changed."""
+        """All layers: `[T, E]` before the final norm. `h_TE` is changed. Raises TimeoutError where
+        another rank does not come."""
         T, E = h_TE.shape
         room = torch.empty(1 + (self._most_layers if form == "attention" else 1), T, E)
         delta_TE, A = room[0], room[1:]
         self._pass(
+            self._team(),
             self._address,
             ctypes.addressof(_native(rows)),
             _FORMS[form],
@@ -230,6 +267,8 @@ class SmallPasses:
             delta_TE.data_ptr(),
             A.data_ptr(),
         )
+        if self._ranks is not None and self._ranks.failed:
+            raise TimeoutError(f"another rank did not come to a sum in {self._ranks.timeout_s:g} s")
         return h_TE.add_(delta_TE)
 
     def attention(
@@ -247,6 +286,7 @@ class SmallPasses:
         shape = h_TE.shape if summed else (len(layers), *h_TE.shape)
         A = torch.empty(shape)
         self._attention(
+            self._team(),
             self._address,
             group,
             ctypes.addressof(_native(rows)),
@@ -259,14 +299,15 @@ class SmallPasses:
         )
         return A
 
-    def mlp(self, h_TE: Tensor, A_TE: Tensor, *, group: int, layers: range) -> Tensor:
+    def mlp(self, h_TE: Tensor, A_TE: Tensor, rows: Rows, *, group: int, layers: range) -> Tensor:
         """This rank's part of the feed-forward blocks of some layers of a group, each over the norm of
         `h_TE += A_TE`, summed: `[T, E]`."""
         delta_TE = torch.empty_like(h_TE)
         self._mlp(
+            self._team(),
             self._address,
             group,
-            h_TE.shape[0],
+            ctypes.addressof(_native(rows)),
             h_TE.data_ptr(),
             A_TE.data_ptr(),
             layers.start,

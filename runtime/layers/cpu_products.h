@@ -110,15 +110,16 @@ void tiles_product(const W *x, int64_t x_stride, const Matrix &matrix, int tile,
     }
 }
 
-// y [R, O] = x [R, I] times the matrix, plus what is in y if `add`. Rows of x hold whole pairs. Where rows are many, a
-// few tiles of the matrix meet all of them before the next, so that each is read from memory once.
+// y [R, O] = x [R, I] times the matrix, plus what is in y if `add`, for the outputs of tiles [tile, end). Rows of x hold
+// whole pairs. Where rows are many, a few tiles of the matrix meet all of them before the next, so that each is read from
+// memory once.
 template <typename W>
-void product(const W *x, int64_t x_stride, int rows, const Matrix &matrix, float *y, int64_t y_stride, bool add) {
+void product(const W *x, int64_t x_stride, int rows, const Matrix &matrix, float *y, int64_t y_stride, bool add,
+             int tile, int end) {
     constexpr int ROWS = 6;  // times four tiles: 24 of the processor's 32 vectors
-    const int num_tiles = (matrix.outputs + LANES - 1) / LANES;
     const int parts = (rows + ROWS - 1) / ROWS, part = (rows + parts - 1) / parts;
-    for (int tile = 0; tile < num_tiles;) {
-        const int wanted = rows == 1 ? 8 : 4, tiles = num_tiles - tile < wanted ? 1 : wanted;
+    while (tile < end) {
+        const int wanted = rows == 1 ? 8 : 4, tiles = end - tile < wanted ? 1 : wanted;
         for (int row = 0; row < rows; row += part) {
             const W *from = x + row * x_stride;
             float *to = y + row * y_stride;

@@ -31,22 +31,26 @@ void add_rms(float *h, const In *delta, int T, int E, float eps, Out *out) {
     }
 }
 
-// silu(gate) * up for rows [gate F | up F]
+// silu(gate) * up of units [from, to) of a row [gate F | up F]; from is a multiple of a vector
+template <typename In, typename Out>
+void gate(const In *gate_up, int F, int from, int to, Out *out) {
+    const In *gate = gate_up, *up = gate_up + F;
+    int f = from;
+    for (; f + LANES <= to; f += LANES) {
+        const Vec g = load(gate + f);
+        const Vec low = exponential(g < 0.0f ? g : -g);  // e^-|g|: a sigmoid that cannot overflow
+        store(out + f, g * ((g < 0.0f ? low : splat(1.0f)) / (low + 1.0f)) * load(up + f));
+    }
+    for (; f < to; f++) {
+        const float g = widen(gate[f]);
+        narrow(g / (1.0f + std::exp(-g)) * widen(up[f]), out + f);
+    }
+}
+
+// the same for whole rows
 template <typename In, typename Out>
 void swiglu(const In *gate_up, int rows, int F, Out *out) {
-    for (int t = 0; t < rows; t++, out += F) {
-        const In *gate = gate_up + size_t(t) * 2 * F, *up = gate + F;
-        int f = 0;
-        for (; f + LANES <= F; f += LANES) {
-            const Vec g = load(gate + f);
-            const Vec low = exponential(g < 0.0f ? g : -g);  // e^-|g|: a sigmoid that cannot overflow
-            store(out + f, g * ((g < 0.0f ? low : splat(1.0f)) / (low + 1.0f)) * load(up + f));
-        }
-        for (; f < F; f++) {
-            const float g = widen(gate[f]);
-            narrow(g / (1.0f + std::exp(-g)) * widen(up[f]), out + f);
-        }
-    }
+    for (int t = 0; t < rows; t++) gate(gate_up + size_t(t) * 2 * F, F, 0, F, out + size_t(t) * F);
 }
 
 }  // namespace

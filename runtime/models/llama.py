@@ -229,7 +229,7 @@ class Decoder:
     def exact(self, rows: Rows) -> Tensor:
         """The model as it was trained, one layer after another: `[T, E]` before the final norm."""
         h_TE, delta_TE = self.embed(rows), None
-        if rows.small is not None and self.axis.size == 1 and rows.written is None:
+        if rows.small is not None and rows.small.runs_whole and rows.written is None:
             return rows.small.whole(h_TE, rows, "exact")
         for group in self.groups:
             for layer, number in enumerate(group.layers):
@@ -249,7 +249,7 @@ class Decoder:
                 h_TE, delta_TE, rows, group=group.index, layers=layers, summed=True
             )
             return all_reduce_(
-                rows.small.mlp(h_TE, all_reduce_(A_TE), group=group.index, layers=layers)
+                rows.small.mlp(h_TE, all_reduce_(A_TE), rows, group=group.index, layers=layers)
             )
         x_TE = group.norm(h_TE, delta_TE)
         delta_TE = all_reduce_(group.attention(x_TE, layer, rows=rows))

@@ -58,6 +58,7 @@ class Model:
             self._small = SmallPasses(
                 packed,
                 self.pool,
+                axis=decoder.axis,
                 width=decoder.arch.hidden_size,
                 eps=decoder.arch.norm_eps,
                 scale=self._scale,

@@ -66,7 +66,7 @@ class LayerParallel:
     ) -> None:
         self._decoder = decoder
         self._policy = policy
-        self._whole = placement is Placement.TENSOR and axis.size == 1
+        self._whole = placement is Placement.TENSOR
         """Whether a pass may run in one call."""
         self._groups: list[WideGroup | PlacedGroup | None] = []
         for group in decoder.groups:
@@ -86,7 +86,7 @@ class LayerParallel:
         """A pass with the groups side by side: `[T, E]` before the final norm. Writes approximate
         KV rows."""
         h_TE, delta_TE = self._decoder.embed(rows), None
-        if rows.small is not None and self._whole:
+        if rows.small is not None and rows.small.runs_whole and self._whole:
             return rows.small.whole(h_TE, rows, self._policy.value)
         for group, side_by_side in zip(self._decoder.groups, self._groups, strict=True):
             if side_by_side is None:
@@ -142,12 +142,12 @@ class WideGroup:
             small.attention(h_TE, delta_TE, rows, group=group, layers=layers, summed=summed)
         )
         if summed:
-            return self._all_reduce_(small.mlp(h_TE, A, group=group, layers=layers))
+            return self._all_reduce_(small.mlp(h_TE, A, rows, group=group, layers=layers))
         delta_TE = torch.zeros_like(h_TE)
         for layer in layers:
             given_TE = delta_TE + A[layer]
             delta_TE = self._all_reduce_(
-                small.mlp(h_TE, given_TE, group=group, layers=range(layer, layer + 1))
+                small.mlp(h_TE, given_TE, rows, group=group, layers=range(layer, layer + 1))
             )
         return delta_TE
 

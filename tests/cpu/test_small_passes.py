@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tests.paged import Place, ScatteredBlocks, read_kv
@@ -99,6 +102,61 @@ def run(
         for place, count in zip(places, num_rows, strict=True)
     ]
     return model.decoder.logits(h_TE), kv
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many compute."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("form", ["exact", "attention", "block"])
+@pytest.mark.parametrize("num_rows", [[1], [3, 1, 4]])
+@pytest.mark.parametrize("num_threads", [2, 3, 5])
+def test_threads_compute_bit_by_bit_what_one_does(
+    tiny: Callable[..., Path],
+    threads: Callable[[int], None],
+    form: str,
+    num_rows: list[int],
+    num_threads: int,
+) -> None:
+    """More threads than units, and than cores here."""
+    threads(1)
+    model = loaded(tiny(seed=3))
+    expected, expected_kv = run(model, form, small=True, num_rows=num_rows)
+    threads(num_threads)
+    for _ in range(3):
+        found, found_kv = run(model, form, small=True, num_rows=num_rows)
+        assert found.equal(expected)
+        assert all(a.equal(b) for a, b in zip(found_kv, expected_kv, strict=True))
+
+
+def test_a_team_sleeps_without_work_wakes_for_it_and_ends_with_its_caller(
+    threads: Callable[[int], None],
+) -> None:
+    threads(3)
+    weight, x = random(100, 44), random(1, 44, seed=1)
+    small, own = Packed(weight), psutil.Process()
+    found: list[Tensor] = []
+
+    def now_and_then() -> None:
+        torch.set_num_threads(3)
+        for _ in range(20):
+            found.append(small(x))
+            time.sleep(0.002)  # longer than it stays awake
+
+    before = own.num_threads()
+    caller = threading.Thread(target=now_and_then)
+    caller.start()
+    caller.join(30)
+    assert all(each.equal(found[0]) for each in found)
+    torch.testing.assert_close(found[0], x @ weight.t(), rtol=1e-5, atol=1e-5)
+    deadline = time.monotonic() + 10
+    while own.num_threads() > before:
+        assert time.monotonic() < deadline, "threads of a caller that has ended"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("form", ["exact", "attention", "block"])

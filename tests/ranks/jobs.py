@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from tests.paged import Place, ScatteredBlocks
 
 from paceline.parallel.layer import exact_groups
 from paceline.parallel.mesh import Mesh
+from paceline.parallel.region import share
 from paceline.parallel.tensor import best, gather_vocabulary
 from paceline.runtime.config import make_config
 from paceline.runtime.engine import Engine
+from paceline.runtime.layers import cpu_pass
 from paceline.runtime.loading import load
 from paceline.runtime.local import InProcess
 from paceline.runtime.models.arch import read_architecture
@@ -27,18 +30,18 @@ LONGEST = 256
 NUM_BLOCKS = 16
 
 
-def logits(mesh: Mesh, folder: str, token_ids: list[int], chunks: list[int]) -> list[list[float]]:
-    """The target's logits of every token, fed in chunks."""
-    arch = read_architecture(Path(folder))
+def one_model(mesh: Mesh, folder: Path) -> Model:
+    """A target in float32."""
+    arch = read_architecture(folder)
     decoder = load_decoder(
-        Checkpoint(Path(folder)),
+        Checkpoint(folder),
         arch,
         groups=exact_groups(arch.num_layers),
         axis=mesh.target,
         dtype=torch.float32,
         device=mesh.device,
     )
-    model = Model(
+    return Model(
         decoder,
         num_blocks=NUM_BLOCKS,
         block_size=16,
@@ -46,6 +49,12 @@ def logits(mesh: Mesh, folder: str, token_ids: list[int], chunks: list[int]) -> 
         kv_dtype=torch.float32,
         device=mesh.device,
     )
+
+
+def logits(mesh: Mesh, folder: str, token_ids: list[int], chunks: list[int]) -> list[list[float]]:
+    """The target's logits of every token, fed in chunks."""
+    model = one_model(mesh, Path(folder))
+    decoder = model.decoder
     place = Place(ScatteredBlocks(NUM_BLOCKS))
     rows, start = [], 0
     with torch.inference_mode():
@@ -127,6 +136,50 @@ def generate(
         scheduler.check()
     assert scheduler.status().num_free_blocks == worker.num_blocks
     return list(texts.values())
+
+
+def shares(mesh: Mesh, num_bytes: int) -> tuple[str, list[str]]:
+    """What this rank reads in memory that all have in common, where each has written; and what names
+    of it are left."""
+    region = share(mesh.world, num_bytes)
+    if region is None:
+        return "none", []
+    ctypes.memset(region.address + mesh.rank, ord("a") + mesh.rank, 1)
+    mesh.world.collectives.all_reduce_(torch.zeros(1))
+    read = ctypes.string_at(region.address, mesh.world.size).decode()
+    return read, [path.name for path in Path("/dev/shm").glob("paceline-*")]
+
+
+def many_sums(mesh: Mesh, folder: str, num_passes: int) -> tuple[bool, int]:
+    """Whether passes run whole on several ranks, and how many different results a pass has when it is
+    run again and again."""
+    model = one_model(mesh, Path(folder))
+    place = Place(ScatteredBlocks(NUM_BLOCKS))
+    results = set()
+    with torch.inference_mode():
+        for _ in range(num_passes):
+            rows = model.rows(model.tokens([1, 2, 3]), [place.segment(start=0, num_rows=3)])
+            results.add(tuple(model.decoder.exact(rows).flatten().tolist()))
+    return rows.small is not None and rows.small.runs_whole, len(results)
+
+
+def waits_for_nobody(mesh: Mesh, folder: str) -> str:
+    """What a rank says whose neighbour does not come to a pass."""
+    before = cpu_pass.SUM_TIMEOUT_S
+    cpu_pass.SUM_TIMEOUT_S = 0.5
+    try:
+        model = one_model(mesh, Path(folder))
+    finally:
+        cpu_pass.SUM_TIMEOUT_S = before
+    if not mesh.rank0:
+        return ""
+    rows = model.rows(model.tokens([1]), [Place(ScatteredBlocks(4)).segment(start=0, num_rows=1)])
+    assert rows.small is not None
+    try:
+        rows.small.whole(torch.ones(1, model.decoder.arch.hidden_size), rows, "exact")
+    except TimeoutError as error:
+        return str(error)
+    return "computed"
 
 
 def collectives(mesh: Mesh) -> dict[str, Any]:
