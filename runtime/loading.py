@@ -46,6 +46,12 @@ class Loaded:
     grammars: GrammarCompiler | None
     """Where tokens are chosen and the model has a tokenizer."""
 
+    @property
+    def is_small(self) -> bool:
+        """Whether neither model leaves torch much to do in a step of few rows."""
+        drafter = None if self.draft_model is None else self.draft_model.model
+        return all(model.is_small for model in (self.target, drafter) if model is not None)
+
 
 def load(config: EngineConfig, mesh: Mesh, *, target: Model | None = None) -> Loaded:
     """This rank's part of both models. All ranks must call it: they agree on the number of

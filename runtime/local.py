@@ -146,12 +146,12 @@ def _engine_process(
     stacks.allow()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a start that is given up ends its ranks
-    if config.cpu_threads is not None or "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         import torch
 
         # one core is the frontend's: threads that wait for one another wait longest where they
         # outnumber the cores
-        torch.set_num_threads(config.cpu_threads or max(1, (os.cpu_count() or 1) - 1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     try:
         engine = _engine(config, max_model_len=max_model_len)
     except Exception as error:  # whatever it is, the parent must hear of it rather than wait
@@ -170,6 +170,10 @@ def _engine_process(
 
 def _engine(config: EngineConfig, *, max_model_len: int) -> Engine:
     device, count = local_devices(config.device)
+    if device == "cpu" and config.cpu_threads is not None:
+        import torch
+
+        torch.set_num_threads(config.cpu_threads)
     if config.distributed_executor_backend == "uni" and config.drafts_ahead:
         return _threads(config, device=device, max_model_len=max_model_len)
     if config.num_ranks > count:

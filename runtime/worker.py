@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import msgspec
@@ -66,6 +67,7 @@ from paceline.runtime.spec.verify import (
     verify_point_mass,
     verify_sampled,
 )
+from paceline.runtime.threads import torch_alone
 from paceline.runtime.transfer.rank import KvLink
 from paceline.runtime.types import (
     DrafterName,
@@ -166,6 +168,9 @@ class Worker:
         self._models = models = loaded or load(config, mesh)
         self.target = models.target
         self.num_blocks = models.num_blocks
+        self._threads: Callable[[], AbstractContextManager[None]] = (
+            torch_alone if models.is_small else nullcontext
+        )
         self._grammars = models.grammars
         self._vocab_size = models.vocab_size
         self.sequences: dict[str, Sequence] = {}
@@ -216,7 +221,8 @@ class Worker:
         for request_id in plan.finished:
             self.sequences.pop(request_id, None)
         feeds = [self._feed(scheduled) for scheduled in plan.scheduled]
-        times = self._draft(feeds, plan.form)
+        with self._threads():
+            times = self._draft(feeds, plan.form)
         self._mark_drafter(feeds)
         return Drafted(step=plan.step, feeds=feeds, times=times, span=(start_ms, now_ms()))
 
@@ -227,8 +233,9 @@ class Worker:
         if not feeds:
             return StepResult(step=drafted.step)
         start_ms, clock = now_ms(), StageClock(self.mesh.device)
-        logits_PV = self._target_pass(feeds)
-        self._emit(feeds, logits_PV)
+        with self._threads():
+            logits_PV = self._target_pass(feeds)
+            self._emit(feeds, logits_PV)
         results = tuple(self._commit(feed) for feed in feeds)
         return StepResult(
             step=drafted.step,

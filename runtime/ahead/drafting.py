@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import msgspec
@@ -33,6 +34,7 @@ from paceline.runtime.sequence import Sequence
 from paceline.runtime.spec.calibrate import Calibration, DraftRows
 from paceline.runtime.spec.draft_model import SHORT_ROWS
 from paceline.runtime.spec.drafter import Ask, Reading
+from paceline.runtime.threads import torch_alone
 from paceline.runtime.types import DraftPass, Request
 
 logger = logging.getLogger(__name__)
@@ -162,7 +164,8 @@ class AheadDrafter:
         num_rows = sum(each.num_rows for each in asking) + sum(
             reading.end - reading.sequence.draft_rows.filled for reading in readings
         )
-        drafts, _ = self._model.propose(asks, readings)
+        with torch_alone() if self._loaded.is_small else nullcontext():
+            drafts, _ = self._model.propose(asks, readings)
         tails = []
         for each, draft in zip(asking, drafts, strict=True):
             self._settle(each)

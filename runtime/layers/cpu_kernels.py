@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from paceline.runtime.native import LOAD_ERRORS, function, library_path, load_library
+from paceline.runtime.threads import team_size
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +107,8 @@ class Kernels:
         return self._forms[name][dtypes]
 
     def team(self) -> int:
-        """Address of the threads that compute with the caller's: as many in all as torch has there."""
-        size = torch.get_num_threads()
+        """Address of the threads that compute with the caller's."""
+        size = team_size()
         team = getattr(self._teams, "own", None)
         if team is None or team.size != size:
             team = self._teams.own = Team(self._new_team(size), size, end=self._end_team)

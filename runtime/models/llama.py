@@ -46,6 +46,7 @@ from paceline.runtime.layers.mlp import swiglu
 from paceline.runtime.layers.norm import add_rms, rms
 from paceline.runtime.models.arch import Architecture, read_rope, token_ids
 from paceline.runtime.models.weights import Checkpoint
+from paceline.runtime.threads import torch_together
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
@@ -231,12 +232,13 @@ class Decoder:
         h_TE, delta_TE = self.embed(rows), None
         if rows.small is not None and rows.small.runs_whole and rows.written is None:
             return rows.small.whole(h_TE, rows, "exact")
-        for group in self.groups:
-            for layer, number in enumerate(group.layers):
-                delta_TE = self.exact_layer(h_TE, delta_TE, group, layer, rows=rows)
-                if rows.written is not None:
-                    rows.written(number)
-        return h_TE if delta_TE is None else h_TE + delta_TE
+        with torch_together():
+            for group in self.groups:
+                for layer, number in enumerate(group.layers):
+                    delta_TE = self.exact_layer(h_TE, delta_TE, group, layer, rows=rows)
+                    if rows.written is not None:
+                        rows.written(number)
+            return h_TE if delta_TE is None else h_TE + delta_TE
 
     def exact_layer(
         self, h_TE: Tensor, delta_TE: Tensor | None, group: LayerGroup, layer: int, *, rows: Rows
@@ -261,7 +263,8 @@ class Decoder:
         x_PE = (rms(h_PE, eps=self.arch.norm_eps) * self._final_norm).to(self._head_dtype)
         if self._small_head is not None and len(x_PE) <= self._small_rows:
             return self._small_head(x_PE)
-        return self._head(x_PE).float()
+        with torch_together():
+            return self._head(x_PE).float()
 
 
 def load_decoder(

@@ -64,6 +64,11 @@ class Model:
                 scale=self._scale,
             )
 
+    @property
+    def is_small(self) -> bool:
+        """Whether passes of few rows are one call, and leave torch little to do."""
+        return self._small is not None
+
     def describe(self) -> str:
         """Data type and memory, for a person."""
         dtype = str(self.decoder.groups[0].dtype).removeprefix("torch.")

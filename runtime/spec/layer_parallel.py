@@ -38,6 +38,7 @@ from paceline.runtime.layers.cpu_pass import SmallPasses
 from paceline.runtime.layers.linear import Linear
 from paceline.runtime.layers.mlp import swiglu
 from paceline.runtime.models.llama import Decoder, LayerGroup, out_linear, qkv_linear
+from paceline.runtime.threads import torch_together
 
 
 class Policy(enum.StrEnum):
@@ -88,12 +89,13 @@ class LayerParallel:
         h_TE, delta_TE = self._decoder.embed(rows), None
         if rows.small is not None and rows.small.runs_whole and self._whole:
             return rows.small.whole(h_TE, rows, self._policy.value)
-        for group, side_by_side in zip(self._decoder.groups, self._groups, strict=True):
-            if side_by_side is None:
-                delta_TE = self._decoder.exact_layer(h_TE, delta_TE, group, 0, rows=rows)
-            else:
-                delta_TE = side_by_side(h_TE, delta_TE, rows=rows)
-        return h_TE if delta_TE is None else h_TE + delta_TE
+        with torch_together():
+            for group, side_by_side in zip(self._decoder.groups, self._groups, strict=True):
+                if side_by_side is None:
+                    delta_TE = self._decoder.exact_layer(h_TE, delta_TE, group, 0, rows=rows)
+                else:
+                    delta_TE = side_by_side(h_TE, delta_TE, rows=rows)
+            return h_TE if delta_TE is None else h_TE + delta_TE
 
 
 class WideGroup:
