@@ -48,6 +48,8 @@ TREE_ROWS = 128
 MOST_PLANS = 2
 """In flight; more would only wait."""
 
+_HALF_OCTAVE = math.sqrt(2.0)
+
 _LEVELS = 20
 """Steps between never and always accepted. Requests of one level are decided for together."""
 
@@ -204,8 +206,8 @@ class FixedDrafts:
 class CostCurve:
     """Milliseconds by rows, learnt: a decayed mean for each half octave, straight lines between.
 
-    An octave half that was never seen is hoped to cost no more than what is known of fewer rows; so
-    it will be tried, and then is known.
+    An octave half that was never seen is hoped to cost no more than what is known of fewer rows, or its
+    share of what is known of more; so it will be tried, and then is known.
     """
 
     _OWN = 0.1  # weight of a new observation in its own bin
@@ -255,7 +257,7 @@ class CostCurve:
             return 0.0
         right = bisect_left(xs, rows)
         if right == 0:
-            return ys[0]
+            return ys[0] * min(1.0, _HALF_OCTAVE * rows / xs[0])
         if right == len(xs):
             return ys[-1]
         part = (rows - xs[right - 1]) / max(1e-9, xs[right] - xs[right - 1])

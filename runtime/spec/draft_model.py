@@ -85,7 +85,7 @@ class DraftModel:
         sorted_asks = [asks[i] for i in order]
         h_BE, exact = self._first_pass(sorted_asks, readings, form)
         if h_BE is None:
-            return [], StageTimes(calibrate_ms=clock.lap())
+            return [], self._times(exact, first_ms=clock.lap(), rest_ms=0.0)
         drafting = _Drafting(sorted_asks, rejection=self._rejection)
         self._choose(h_BE, drafting)
         first_ms = clock.lap()
