@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from paceline.runtime.inputs import Segment
 from paceline.runtime.kv.pool import BlockTable
-from paceline.runtime.sampling.batch import SampleState, is_plain_greedy
+from paceline.runtime.sampling.batch import SampleState, is_plain_greedy, is_plain_race
 from paceline.runtime.spec.calibrate import DraftRows
 from paceline.runtime.spec.ngram import NgramIndex
 from paceline.runtime.types import Request
@@ -30,6 +30,8 @@ class Sequence:
     draft_rows: DraftRows
     plain_greedy: bool = field(init=False)
     """Whether every token is the best of the raw logits: asked of every request in every step."""
+    races: bool = field(init=False)
+    """Whether each is the best of them, or drawn at a temperature, with nothing else done to them."""
     sinks: int = 0
     window: int = 0
     """What its KV policy keeps; window 0: everything."""
@@ -45,6 +47,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.plain_greedy = is_plain_greedy(self.request.params)
+        self.races = self.plain_greedy or is_plain_race(self.request.params)
 
     def segment(
         self, *, start: int, num_rows: int, masks: Tokens[int] = (), tree_start: int = 0

@@ -2,6 +2,7 @@
 // seconds.
 
 #include "cpu_attention.h"
+#include "cpu_chain.h"
 #include "cpu_pass.h"
 #include "cpu_products.h"
 #include "cpu_rows.h"
@@ -10,6 +11,7 @@ extern "C" {
 
 int pass_bytes() { return int(sizeof(Pass)); }
 int stack_bytes() { return int(sizeof(Stack) + sizeof(Group) + sizeof(Layer) + sizeof(Ranks)); }
+int chain_bytes() { return int(sizeof(Ends) + sizeof(Chain)); }
 
 Team *new_team(int size) { return new Team(size); }
 void end_team(Team *team) { delete team; }
@@ -62,6 +64,13 @@ void swiglu_bf16(const Bf16 *gate_up, int rows, int F, Bf16 *out) { swiglu(gate_
             run.norm(h, A);                                                                                            \
             for (int l = from; l < to; l++) run.mlp(stack->groups[group].layers[l], l > from, delta);                  \
         });                                                                                                            \
+    }                                                                                                                  \
+    void choose_##name(Team *team, const Stack *stack, const Ends *ends, int T, float *h, const float *factors,        \
+                       const int32_t *keys, int32_t *token_ids) {                                                      \
+        choose<W, Kv>(*team, *stack, *ends, T, h, {factors, keys}, token_ids);                                         \
+    }                                                                                                                  \
+    void chain_##name(Team *team, const Stack *stack, const Ends *ends, const Chain *chain) {                          \
+        draft_on<W, Kv>(*team, *stack, *ends, *chain);                                                                 \
     }
 PASS(f32_f32, float, float)
 PASS(bf16_bf16, Bf16, Bf16)

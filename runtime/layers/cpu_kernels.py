@@ -44,6 +44,8 @@ _FUNCTIONS = {
         (_P, _P, _I, _P, _P, _P, _I, _I, _I, _P),
     ),
     "mlp": (("f32_f32", "bf16_bf16", "bf16_f32"), (_P, _P, _I, _P, _P, _P, _I, _I, _P)),
+    "choose": (("f32_f32", "bf16_bf16", "bf16_f32"), (_P, _P, _P, _I, _P, _P, _P, _P)),
+    "chain": (("f32_f32", "bf16_bf16", "bf16_f32"), (_P, _P, _P, _P)),
     "product": (("f32", "bf16"), (_P, _P, _P, _I, _P)),
 }
 """The forms each comes in, by the dtypes it reads and writes, and its arguments."""

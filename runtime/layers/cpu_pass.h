@@ -132,11 +132,11 @@ struct Run {
         me.meet();
     }
 
-    // room.x = norm(h += delta)
-    void norm(float *h, const float *delta) const {
+    // room.x = norm(h += delta), times the weight [E] if there is one
+    void norm(float *h, const float *delta, const float *weight = nullptr) const {
         const auto rows = me.part(T);
         const int64_t at = int64_t(rows.from) * E;
-        add_rms(h + at, delta ? delta + at : nullptr, rows.to - rows.from, E, stack.eps, room.x.data() + at);
+        add_rms(h + at, delta ? delta + at : nullptr, rows.to - rows.from, E, stack.eps, room.x.data() + at, weight);
         me.meet();
     }
 

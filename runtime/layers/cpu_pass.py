@@ -36,10 +36,10 @@ SUM_TIMEOUT_S = 600.0
 before, and says what each was at."""
 
 Form = Literal["exact", "attention", "block"]
-_FORMS: dict[Form, int] = {"exact": 0, "attention": 1, "block": 2}
+FORMS: dict[Form, int] = {"exact": 0, "attention": 1, "block": 2}
 
 
-class _Matrix(ctypes.Structure):
+class Matrix(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
@@ -50,10 +50,10 @@ class _Matrix(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        ("qkv", _Matrix),
-        ("out", _Matrix),
-        ("gate_up", _Matrix),
-        ("down", _Matrix),
+        ("qkv", Matrix),
+        ("out", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
         ("first_unit", ctypes.c_int32),
         ("num_units", ctypes.c_int32),
     )
@@ -117,7 +117,7 @@ class Packed:
         self.outputs, self.inputs = weight_OI.shape
         self._weight = _in_tiles(weight_OI)
         self._bias = None if bias_O is None else bias_O.float().contiguous()
-        self.matrix = _Matrix(
+        self.matrix = Matrix(
             self._weight.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
             self.inputs,
@@ -248,7 +248,7 @@ class SmallPasses:
         self._alive = (groups, pool, made, alive, region)
         ranks = None if self._ranks is None else ctypes.addressof(self._ranks)
         self._stack = _Stack(ctypes.addressof(made), ranks, len(groups), width, eps, scale)
-        self._address = ctypes.addressof(self._stack)
+        self.address = ctypes.addressof(self._stack)
         self.runs_whole = axis.size == 1 or self._ranks is not None
         """Whether `whole` may be asked for: ranks without memory in common add up between two calls."""
 
@@ -260,16 +260,20 @@ class SmallPasses:
         delta_TE, A = room[0], room[1:]
         self._pass(
             self._team(),
-            self._address,
+            self.address,
             ctypes.addressof(_native(rows)),
-            _FORMS[form],
+            FORMS[form],
             h_TE.data_ptr(),
             delta_TE.data_ptr(),
             A.data_ptr(),
         )
+        self.check()
+        return h_TE.add_(delta_TE)
+
+    def check(self) -> None:
+        """Raises TimeoutError where another rank did not come to a sum."""
         if self._ranks is not None and self._ranks.failed:
             raise TimeoutError(f"another rank did not come to a sum in {self._ranks.timeout_s:g} s")
-        return h_TE.add_(delta_TE)
 
     def attention(
         self,
@@ -287,7 +291,7 @@ class SmallPasses:
         A = torch.empty(shape)
         self._attention(
             self._team(),
-            self._address,
+            self.address,
             group,
             ctypes.addressof(_native(rows)),
             h_TE.data_ptr(),
@@ -305,7 +309,7 @@ class SmallPasses:
         delta_TE = torch.empty_like(h_TE)
         self._mlp(
             self._team(),
-            self._address,
+            self.address,
             group,
             ctypes.addressof(_native(rows)),
             h_TE.data_ptr(),

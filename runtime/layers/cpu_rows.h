@@ -8,9 +8,9 @@
 
 namespace {
 
-// h += delta; out = h / sqrt(mean(h^2) + eps), row by row
+// h += delta; out = h / sqrt(mean(h^2) + eps), times the weight [E] if there is one, row by row
 template <typename In, typename Out>
-void add_rms(float *h, const In *delta, int T, int E, float eps, Out *out) {
+void add_rms(float *h, const In *delta, int T, int E, float eps, Out *out, const float *weight = nullptr) {
     for (int t = 0; t < T; t++, h += E, out += E) {
         Vec sums = Vec{};
         float sum = 0;
@@ -26,6 +26,11 @@ void add_rms(float *h, const In *delta, int T, int E, float eps, Out *out) {
         }
         for (int i = 0; i < LANES; i++) sum += sums[i];
         const float factor = 1.0f / std::sqrt(sum / E + eps);
+        if (weight) {
+            for (e = 0; e + LANES <= E; e += LANES) store(out + e, load(h + e) * factor * load(weight + e));
+            for (; e < E; e++) narrow(h[e] * factor * weight[e], out + e);
+            continue;
+        }
         for (e = 0; e + LANES <= E; e += LANES) store(out + e, load(h + e) * factor);
         for (; e < E; e++) narrow(h[e] * factor, out + e);
     }

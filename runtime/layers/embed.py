@@ -22,16 +22,17 @@ class Embedding:
         """`num_ids` is how many token ids there are in all."""
         self._axis = axis
         self._offset = offset
-        self._num_here = table_VE.shape[0]
-        self._partial = table_VE.shape[0] < num_ids
+        self.num_here = table_VE.shape[0]
+        self.partial = table_VE.shape[0] < num_ids
+        """Whether other ranks have rows too, or nobody has some."""
         # a row of zeros answers for every token that is not here
-        self._table = F.pad(table_VE, (0, 0, 0, 1)) if self._partial else table_VE
+        self.table = F.pad(table_VE, (0, 0, 0, 1)) if self.partial else table_VE
 
     def __call__(self, token_ids_T: Tensor) -> Tensor:
         """`[T]` int64 to `[T, E]` float32, the same on every rank."""
-        if not self._partial:
-            return F.embedding(token_ids_T, self._table).float()
+        if not self.partial:
+            return F.embedding(token_ids_T, self.table).float()
         local = token_ids_T - self._offset
-        here = (local >= 0) & (local < self._num_here)
-        rows = F.embedding(torch.where(here, local, self._num_here), self._table).float()
+        here = (local >= 0) & (local < self.num_here)
+        rows = F.embedding(torch.where(here, local, self.num_here), self.table).float()
         return self._axis.collectives.all_reduce_(rows)

@@ -38,16 +38,17 @@ class RopeTable:
     def __init__(self, arch: Architecture, *, max_len: int, device: torch.device) -> None:
         frequency_D, self._amplitude = _frequencies(arch, max_len=max_len)
         self._frequency_D = frequency_D.double().to(device)  # [D/2]
-        self._num_ready = min(max_len, READY_ELEMENTS // arch.head_dim)
-        self._ready = self._make(torch.arange(self._num_ready, device=device))
+        self.num_ready = min(max_len, READY_ELEMENTS // arch.head_dim)
+        """Positions from 0 on whose angles are kept, in `ready`."""
+        self.ready = self._make(torch.arange(self.num_ready, device=device))
 
     def rotation(self, positions_T: Tensor, *, largest: int) -> Rotation:
         """For rows at `positions_T` `[T]`, none of which is beyond `largest`."""
-        if largest > self._num_ready:
+        if largest > self.num_ready:
             return self._make(positions_T)
         return Rotation(
-            cos=self._ready.cos.index_select(0, positions_T),
-            sin=self._ready.sin.index_select(0, positions_T),
+            cos=self.ready.cos.index_select(0, positions_T),
+            sin=self.ready.sin.index_select(0, positions_T),
         )
 
     def _make(self, positions_T: Tensor) -> Rotation:

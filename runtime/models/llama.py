@@ -216,16 +216,18 @@ class Decoder:
         self.vocabulary = split(vocab_size, axis.size, axis.index)
         """Token ids whose logits this rank computes."""
         self.vocabulary_widths = [len(split(vocab_size, axis.size, r)) for r in range(axis.size)]
-        self._embed = Embedding(embedding, offset=self.vocabulary.start, axis=axis, num_ids=num_ids)
-        self._small_head, self._small_rows = Packed(head) if pack else None, most_rows()
+        self.embedding = Embedding(
+            embedding, offset=self.vocabulary.start, axis=axis, num_ids=num_ids
+        )
+        self.small_head, self._small_rows = Packed(head) if pack else None, most_rows()
         self._head = Linear(head)
         self._head_dtype = head.dtype
-        self._final_norm = final_norm  # [E]
+        self.final_norm = final_norm  # [E]
 
     def embed(self, rows: Rows) -> Tensor:
         """`[T, E]` float32. Hidden states stay in float32 between layers whatever the weights'
         dtype."""
-        return self._embed(rows.token_ids)
+        return self.embedding(rows.token_ids)
 
     def exact(self, rows: Rows) -> Tensor:
         """The model as it was trained, one layer after another: `[T, E]` before the final norm."""
@@ -260,9 +262,9 @@ class Decoder:
 
     def logits(self, h_PE: Tensor) -> Tensor:
         """`[P, V]` of this rank's vocabulary, float32."""
-        x_PE = (rms(h_PE, eps=self.arch.norm_eps) * self._final_norm).to(self._head_dtype)
-        if self._small_head is not None and len(x_PE) <= self._small_rows:
-            return self._small_head(x_PE)
+        x_PE = (rms(h_PE, eps=self.arch.norm_eps) * self.final_norm).to(self._head_dtype)
+        if self.small_head is not None and len(x_PE) <= self._small_rows:
+            return self.small_head(x_PE)
         with torch_together():
             return self._head(x_PE).float()
 

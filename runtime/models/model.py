@@ -10,6 +10,7 @@ from torch import Tensor
 from paceline.runtime.inputs import Rows, Segment, pack
 from paceline.runtime.kv.compact import KeptPath, compact
 from paceline.runtime.kv.pool import KvPool
+from paceline.runtime.layers.cpu_chain import SmallChains
 from paceline.runtime.layers.cpu_kernels import load_kernels, supports
 from paceline.runtime.layers.cpu_pass import SmallPasses
 from paceline.runtime.layers.rope import RopeTable
@@ -54,6 +55,8 @@ class Model:
         self._scale = decoder.arch.head_dim**-0.5
         packed = [group.packed for group in decoder.groups if group.packed is not None]
         self._small = None
+        self.chains: SmallChains | None = None
+        """What drafts several tokens in one call, where passes of few rows are one."""
         if self._native and packed:
             self._small = SmallPasses(
                 packed,
@@ -63,6 +66,24 @@ class Model:
                 eps=decoder.arch.norm_eps,
                 scale=self._scale,
             )
+            if self._small.runs_whole:
+                self.chains = self._make_chains(self._small)
+
+    def _make_chains(self, passes: SmallPasses) -> SmallChains:
+        decoder, embedding = self.decoder, self.decoder.embedding
+        assert decoder.small_head is not None, "expected packed weights from end to end"
+        return SmallChains(
+            passes,
+            self.pool,
+            self._rope,
+            embedding=embedding.table,
+            num_embeddings=embedding.num_here,
+            splits=embedding.partial,
+            first_token=decoder.vocabulary.start,
+            num_tokens=decoder.vocab_size,
+            final_norm=decoder.final_norm,
+            head=decoder.small_head,
+        )
 
     @property
     def is_small(self) -> bool:

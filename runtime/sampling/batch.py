@@ -61,9 +61,18 @@ def is_plain_greedy(params: SamplingParams) -> bool:
     Ranks that split the vocabulary can then agree on it without gathering rows, unless
     log-probabilities are asked for.
     """
+    return params.greedy and _leaves_logits(params)
+
+
+def is_plain_race(params: SamplingParams) -> bool:
+    """Whether every token is drawn from the raw logits at a temperature, none of them dropped."""
+    drops = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    return not params.greedy and not drops and _leaves_logits(params)
+
+
+def _leaves_logits(params: SamplingParams) -> bool:
     return (
-        params.greedy
-        and not Penalties.wanted(params)
+        not Penalties.wanted(params)
         and not params.logit_bias
         and params.min_tokens == 0
         and params.structured_outputs is None

@@ -150,8 +150,8 @@ def gumbel_noise(
     behind it are the same on every device; logarithms may differ between devices in the last bit.
     """
     # On one CPU core: 120 us for eight rows of V = 4,096, 0.36 ms for a row of V = 131,072.
-    mixed_V = _mixed_ids(vocab_size, device)
-    keys_R2 = _row_keys(seeds, positions, device)
+    mixed_V = mixed_ids(vocab_size, device)
+    keys_R2 = row_keys(seeds, positions, device)
     noise_RV = torch.empty((len(seeds), vocab_size), device=device)
     rows = max(1, _CHUNK // vocab_size) if device.type == "cpu" else len(seeds)
     for start in range(0, len(seeds), max(rows, 1)):
@@ -164,8 +164,8 @@ def gumbel_noise_at(
     seeds: Sequence[int], positions: Sequence[int], token_ids_RW: Tensor, *, vocab_size: int
 ) -> Tensor:
     """The elements of `gumbel_noise` for these tokens [R, W], at the cost of these alone."""
-    keys_R2 = _row_keys(seeds, positions, token_ids_RW.device)
-    mixed_RW = _mixed_ids(vocab_size, token_ids_RW.device)[token_ids_RW]
+    keys_R2 = row_keys(seeds, positions, token_ids_RW.device)
+    mixed_RW = mixed_ids(vocab_size, token_ids_RW.device)[token_ids_RW]
     noise_RW = torch.empty(token_ids_RW.shape, device=token_ids_RW.device)
     return _gumbel(mixed_RW.bitwise_xor_(keys_R2[:, :1]), keys_R2[:, 1:], out=noise_RW)
 
@@ -186,7 +186,7 @@ def draw_coupled(
     return torch.where(scores_RW == best_R1, token_ids_RW, none).amin(dim=-1)
 
 
-def _row_keys(seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> Tensor:
+def row_keys(seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> Tensor:
     """Two independent 32-bit keys for each row [R, 2]."""
     words = []
     for seed, position in zip(seeds, positions, strict=True):
@@ -197,7 +197,7 @@ def _row_keys(seeds: Sequence[int], positions: Sequence[int], device: torch.devi
 
 
 @lru_cache(maxsize=4)
-def _mixed_ids(vocab_size: int, device: torch.device) -> Tensor:
+def mixed_ids(vocab_size: int, device: torch.device) -> Tensor:
     """The token ids [V], each spread over 32 bits by a bijection: a constant, so computed once."""
     with torch.inference_mode(False):
         x_V = torch.arange(1, vocab_size + 1, dtype=torch.int32, device=device)

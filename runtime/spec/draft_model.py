@@ -22,6 +22,7 @@ from paceline.parallel.mesh import Axis
 from paceline.parallel.tensor import best, gather_vocabulary
 from paceline.runtime.clock import StageClock
 from paceline.runtime.kv.compact import KeptPath
+from paceline.runtime.layers.cpu_chain import Drawn
 from paceline.runtime.models.model import Model
 from paceline.runtime.sampling.batch import (
     SampleRequest,
@@ -86,6 +87,11 @@ class DraftModel:
         h_BE, exact = self._first_pass(sorted_asks, readings, form)
         if h_BE is None:
             return [], self._times(exact, first_ms=clock.lap(), rest_ms=0.0)
+        if self._may_chain(sorted_asks):
+            drafts, first_ms = self._chain(h_BE, sorted_asks, form, clock)
+            times = self._times(exact, first_ms=first_ms, rest_ms=clock.lap())
+            by_ask = dict(zip(order, drafts, strict=True))
+            return [by_ask[i] for i in range(len(asks))], times
         drafting = _Drafting(sorted_asks, rejection=self._rejection)
         self._choose(h_BE, drafting)
         first_ms = clock.lap()
@@ -194,6 +200,56 @@ class DraftModel:
             draft_rows.passed(end=position + 1, exact=form.exact and position <= draft_rows.exact)
         rows = self.model.rows(drafting.latest, segments)
         return (self.model.decoder.exact if form.exact else self._layer_parallel.grouped)(rows)
+
+    def _may_chain(self, asks: list[Ask]) -> bool:
+        """Whether all drafts may come from two calls, in which ranks speak for themselves."""
+        chains = self.model.chains
+        if chains is None or len(asks) > chains.most_rows:
+            return False
+        if self.model.decoder.axis is not self._axis and self._axis.size > 1:
+            return False
+        return all(
+            (ask.sequence.plain_greedy or (ask.sequence.races and not self._rejection))
+            and ask.sequence.window == 0
+            and chains.reaches(len(ask.sequence.token_ids) + ask.num_tokens)
+            for ask in asks
+        )
+
+    def _chain(
+        self, h_BE: Tensor, asks: list[Ask], form: DraftForm, clock: StageClock
+    ) -> tuple[list[Draft], float]:
+        """A draft for every ask, from the hidden states of its last committed token, and the
+        milliseconds of the first token."""
+        chains = self.model.chains
+        assert chains is not None
+        draws = [
+            Drawn(
+                seed=ask.sequence.request.seed,
+                temperature=ask.sequence.request.params.temperature,
+                position=len(ask.sequence.token_ids),
+            )
+            for ask in asks
+        ]
+        first = chains.choose(h_BE, draws)
+        first_ms = clock.lap()
+        rest: list[list[int]] = [[] for _ in asks]
+        on = [ask for ask in asks if ask.num_tokens > 1]
+        if on:
+            rest[: len(on)] = chains.draft_on(
+                first[: len(on)],
+                [draw.after() for draw in draws[: len(on)]],
+                [ask.sequence.table for ask in on],
+                [ask.num_tokens - 1 for ask in on],
+                "exact" if form.exact else self._layer_parallel.form,
+            )
+        for ask in on:
+            draft_rows, start = ask.sequence.draft_rows, len(ask.sequence.token_ids)
+            exact = form.exact and start <= draft_rows.exact
+            draft_rows.passed(end=start + ask.num_tokens - 1, exact=exact)
+        drafts = [
+            Draft(token_ids=(token_id, *more)) for token_id, more in zip(first, rest, strict=True)
+        ]
+        return drafts, first_ms
 
     def _choose(self, h_BE: Tensor, drafting: _Drafting) -> None:
         """The next draft of every request, the same on every rank."""

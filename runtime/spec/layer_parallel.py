@@ -34,7 +34,7 @@ from torch import Tensor
 from paceline.parallel.layer import owner
 from paceline.parallel.mesh import Axis
 from paceline.runtime.inputs import Rows
-from paceline.runtime.layers.cpu_pass import SmallPasses
+from paceline.runtime.layers.cpu_pass import Form, SmallPasses
 from paceline.runtime.layers.linear import Linear
 from paceline.runtime.layers.mlp import swiglu
 from paceline.runtime.models.llama import Decoder, LayerGroup, out_linear, qkv_linear
@@ -79,6 +79,11 @@ class LayerParallel:
                 self._groups.append(PlacedGroup(group, policy=policy, axis=axis))
 
     @property
+    def form(self) -> Form:
+        """What `grouped` computes."""
+        return self._policy.value
+
+    @property
     def any_group(self) -> bool:
         """False where every layer stands alone, so that grouped and exact passes are the same."""
         return any(group is not None for group in self._groups)
@@ -88,7 +93,7 @@ class LayerParallel:
         KV rows."""
         h_TE, delta_TE = self._decoder.embed(rows), None
         if rows.small is not None and rows.small.runs_whole and self._whole:
-            return rows.small.whole(h_TE, rows, self._policy.value)
+            return rows.small.whole(h_TE, rows, self.form)
         with torch_together():
             for group, side_by_side in zip(self._decoder.groups, self._groups, strict=True):
                 if side_by_side is None:

@@ -13,12 +13,12 @@ from paceline.runtime.sampling.sampler import (
     Purpose,
     RoundUniforms,
     _gumbel,
-    _mixed_ids,
     _noise_of,
     draw,
     draw_coupled,
     gumbel_noise,
     gumbel_noise_at,
+    mixed_ids,
     uniform,
 )
 
@@ -240,11 +240,11 @@ def test_no_bit_of_a_token_id_shows() -> None:
 
 
 def test_every_token_id_has_a_word_of_its_own() -> None:
-    assert len(set(_mixed_ids(2**18, CPU).tolist())) == 2**18
+    assert len(set(mixed_ids(2**18, CPU).tolist())) == 2**18
 
 
 def test_rows_whose_first_keys_meet_are_told_apart_by_the_second() -> None:
-    ids = _mixed_ids(2**16, CPU).unsqueeze(0)
+    ids = mixed_ids(2**16, CPU).unsqueeze(0)
     rows = []
     for key in (1, 2, 1 << 30):
         words = torch.tensor([[key]], dtype=torch.int32)
