@@ -35,7 +35,9 @@ from paceline.runtime.clock import StageClock, now_ms
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import PromptError
 from paceline.runtime.kv.compact import KeptPath
+from paceline.runtime.layers.cpu_chain import BEST
 from paceline.runtime.loading import Loaded, load
+from paceline.runtime.models.model import Model
 from paceline.runtime.sampling.batch import (
     SampleRequest,
     SampleState,
@@ -234,8 +236,7 @@ class Worker:
             return StepResult(step=drafted.step)
         start_ms, clock = now_ms(), StageClock(self.mesh.device)
         with self._threads():
-            logits_PV = self._target_pass(feeds)
-            self._emit(feeds, logits_PV)
+            self._emit(feeds, self._target_pass(feeds))
         results = tuple(self._commit(feed) for feed in feeds)
         return StepResult(
             step=drafted.step,
@@ -353,9 +354,8 @@ class Worker:
         return times
 
     def _target_pass(self, feeds: list[Feed]) -> Tensor | None:
-        """Logits over this rank's vocabulary, `[P, V]`: of each feed the rows that prompt
-        log-probabilities need, then those after which it emits. None where the target does not
-        run."""
+        """Hidden states, `[P, E]`: of each feed the rows that prompt log-probabilities need, then
+        those after which it emits. None where the target does not run."""
         if self.target is None:
             return None
         token_ids: list[int] = []
@@ -382,11 +382,9 @@ class Worker:
             self.target.tokens(token_ids), segments, written=self._follower(feeds)
         )
         h_TE = self.target.decoder.exact(rows)
-        if not wanted:
-            return h_TE.new_zeros(0, len(self.target.decoder.vocabulary))
         if len(wanted) < len(token_ids):
-            h_TE = h_TE[torch.tensor(wanted, device=h_TE.device)]
-        return self.target.decoder.logits(h_TE)
+            h_TE = h_TE[torch.tensor(wanted, dtype=torch.int64, device=h_TE.device)]
+        return h_TE
 
     def _follower(self, feeds: list[Feed]) -> Callable[[int], None] | None:
         """What tells the KV link of each layer, where another engine waits for one of these."""
@@ -403,30 +401,38 @@ class Worker:
             if sequence.slot is not None:
                 self._link.drafted(sequence.slot, sequence.draft_rows.exact)
 
-    def _emit(self, feeds: list[Feed], logits_PV: Tensor | None) -> None:
-        """Choose the tokens of every feed that emits, on rank 0, and tell all ranks."""
+    def _emit(self, feeds: list[Feed], h_PE: Tensor | None) -> None:
+        """Choose the tokens of every feed that emits, on rank 0, and tell all ranks; the best ones
+        target ranks all know."""
         emitting = [feed for feed in feeds if feed.emits]
         simple = all(
             feed.sequence.plain_greedy and feed.sequence.request.params.logprobs is None
             for feed in emitting
         ) and not any(feed.prompt_rows for feed in feeds)
-        if self.target is not None and logits_PV is not None:
+        if self.target is not None and h_PE is not None and len(h_PE):
             decoder = self.target.decoder
             if simple:
-                if emitting:
-                    ids = best(logits_PV, offset=decoder.vocabulary.start, axis=decoder.axis)
-                    self._follow(emitting, _split(ids.tolist(), emitting))
+                self._follow(emitting, _split(self._best(self.target, h_PE), emitting))
             else:
                 full_PV = gather_vocabulary(
-                    logits_PV, axis=decoder.axis, widths=decoder.vocabulary_widths
+                    decoder.logits(h_PE), axis=decoder.axis, widths=decoder.vocabulary_widths
                 )
                 if self.mesh.rank0:
                     self._rank0_choose(feeds, full_PV)
-        sizes = [1 + len(feed.draft.token_ids) for feed in emitting]
-        told = self._tell([feed.emitted for feed in emitting], sizes, axis=self.mesh.world)
-        for feed, token_ids in zip(emitting, told, strict=True):
-            feed.emitted = token_ids
+        if not simple or self.mesh.target.size < self.mesh.world.size:
+            sizes = [1 + len(feed.draft.token_ids) for feed in emitting]
+            told = self._tell([feed.emitted for feed in emitting], sizes, axis=self.mesh.world)
+            for feed, token_ids in zip(emitting, told, strict=True):
+                feed.emitted = token_ids
         self._keep([feed for feed in emitting if feed.draft.tree is not None])
+
+    def _best(self, target: Model, h_PE: Tensor) -> list[int]:
+        """The best token after each row, the same on every rank."""
+        if target.chains is not None and len(h_PE) <= target.chains.most_rows:
+            return target.chains.choose(h_PE, [BEST] * len(h_PE))
+        decoder = target.decoder
+        ids = best(decoder.logits(h_PE), offset=decoder.vocabulary.start, axis=decoder.axis)
+        return [int(token_id) for token_id in ids.tolist()]
 
     def _keep(self, feeds: list[Feed]) -> None:
         """Of these trees, leave the KV of what was accepted, where a chain's would be."""

@@ -1,4 +1,4 @@
-// The ends of a model around its layers, and drafts that follow one another without leaving the call.
+// From hidden states to tokens, and drafts that follow one another without leaving the call.
 //
 //     token ids ──embed──> h ── the stack ──> h ──head──> logits ──draw──> token ids
 //         ^                                                                    │
@@ -9,15 +9,6 @@
 #pragma once
 
 #include "cpu_pass.h"
-
-struct Ends {
-    const void *embedding;  // [ids here + 1, E] of W, the last row zeros
-    const float *final_norm;  // [E]
-    Matrix head;              // [V, E]
-    const int32_t *mixed_ids;  // of all tokens: what noise is made from; null where nothing is sampled
-    int32_t first_embedding, num_embeddings, first_token;  // of this rank
-    int32_t splits;  // whether other ranks have embeddings too
-};
 
 // How each row's token is drawn: the best of logits, or of logits / temperature + noise, as runtime/sampling/sampler.py
 // says.
@@ -76,19 +67,6 @@ template <typename W, typename Kv>
 struct Ended {
     const Run<W, Kv> &run;
     const Ends &ends;
-
-    // h [T, E]
-    void embed(const int32_t *token_ids, float *h) const {
-        const int E = run.E;
-        const auto rows = run.me.part(run.T);
-        for (int t = rows.from; t < rows.to; t++) {
-            int row = token_ids[t] - ends.first_embedding;
-            if (row < 0 || row >= ends.num_embeddings) row = ends.num_embeddings;
-            copy((const W *)ends.embedding + int64_t(row) * E, E, h + int64_t(t) * E);
-        }
-        run.me.meet();
-        if (ends.splits) run.sum(h, int64_t(run.T) * E);
-    }
 
     // logits [T, V] of this rank, from h [T, E], to which delta is added unless it is null
     void head(float *h, const float *delta, float *logits) const {
@@ -218,7 +196,7 @@ void draft_on(Team &team, const Stack &stack, const Ends &ends, const Chain &cha
         const Draws draws{chain.factors, chain.keys + int64_t(depth) * B * 2};
         together<W, Kv>(team, stack, pass, [&](const auto &run) {
             const Ended<W, Kv> ended{run, ends};
-            ended.embed(fed, room.h.data());
+            run.embed(ends, fed, room.h.data());
             run.whole(Form(chain.form), room.h.data(), room.delta.data(), room.A.data());
             ended.head(room.h.data(), room.delta.data(), room.logits.data());
             ended.draw(room.logits.data(), draws, room.found.data(), chain.token_ids + int64_t(depth + 1) * B);

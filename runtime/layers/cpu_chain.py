@@ -19,25 +19,12 @@ import torch
 from torch import Tensor
 
 from paceline.runtime.layers.cpu_kernels import load_kernels
-from paceline.runtime.layers.cpu_pass import FORMS, Form, Matrix, Packed, SmallPasses
-from paceline.runtime.sampling.sampler import mixed_ids, row_keys
+from paceline.runtime.layers.cpu_pass import FORMS, Form, SmallPasses
+from paceline.runtime.sampling.sampler import row_keys
 
 if TYPE_CHECKING:
     from paceline.runtime.kv.pool import BlockTable, KvPool
     from paceline.runtime.layers.rope import RopeTable
-
-
-class _Ends(ctypes.Structure):
-    _fields_ = (
-        ("embedding", ctypes.c_void_p),
-        ("final_norm", ctypes.c_void_p),
-        ("head", Matrix),
-        ("mixed_ids", ctypes.c_void_p),
-        ("first_embedding", ctypes.c_int32),
-        ("num_embeddings", ctypes.c_int32),
-        ("first_token", ctypes.c_int32),
-        ("splits", ctypes.c_int32),
-    )
 
 
 class _Chain(ctypes.Structure):
@@ -58,7 +45,7 @@ class _Chain(ctypes.Structure):
     )
 
 
-STRUCT_BYTES = ctypes.sizeof(_Ends) + ctypes.sizeof(_Chain)
+STRUCT_BYTES = ctypes.sizeof(_Chain)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,43 +63,20 @@ class Drawn:
         return dataclasses.replace(self, position=self.position + 1)
 
 
-class SmallChains:
-    """The ends of a model whose passes of few rows are one call."""
+BEST = Drawn(seed=0, temperature=0.0, position=0)
+"""The best token."""
 
-    def __init__(
-        self,
-        passes: SmallPasses,
-        pool: KvPool,
-        rope: RopeTable,
-        *,
-        embedding: Tensor,  # [ids here, E], then a row of zeros where other ranks have more
-        num_embeddings: int,
-        first_token: int,
-        final_norm: Tensor,  # [E] float32
-        head: Packed,
-        num_tokens: int,
-        splits: bool,
-    ) -> None:
-        """`num_tokens` counts the tokens of all ranks, `first_token` those of the ranks before this."""
+
+class SmallChains:
+    """Tokens from a model whose passes of few rows are one call."""
+
+    def __init__(self, passes: SmallPasses, pool: KvPool, rope: RopeTable) -> None:
         kernels = load_kernels()
         assert kernels is not None, "expected compiled kernels behind packed weights"
-        dtypes = (head.dtype, pool.groups[0].dtype)
+        dtypes = (passes.dtype, pool.groups[0].dtype)
         self._choose, self._chain = kernels.form("choose", *dtypes), kernels.form("chain", *dtypes)
         self._team = kernels.team
         self._passes, self._pool, self._rope = passes, pool, rope
-        mixed = mixed_ids(num_tokens, torch.device("cpu"))
-        self._alive = (embedding, final_norm, head, mixed)
-        self._ends = _Ends(
-            embedding.data_ptr(),
-            final_norm.data_ptr(),
-            head.matrix,
-            mixed.data_ptr(),
-            first_token,
-            num_embeddings,
-            first_token,
-            splits,
-        )
-        self._address = ctypes.addressof(self._ends)
 
     @property
     def most_rows(self) -> int:
@@ -130,7 +94,7 @@ class SmallChains:
         self._choose(
             self._team(),
             self._passes.address,
-            self._address,
+            self._passes.ends_address,
             len(draws),
             h_BE.data_ptr(),
             _address(factors),
@@ -176,7 +140,9 @@ class SmallChains:
             keys.data_ptr(),
             _address(told),
         )
-        self._chain(self._team(), self._passes.address, self._address, ctypes.addressof(chain))
+        self._chain(
+            self._team(), self._passes.address, self._passes.ends_address, ctypes.addressof(chain)
+        )
         self._passes.check()
         return [
             [told[num * depth + i] for depth in range(1, 1 + count)]

@@ -10,8 +10,8 @@
 extern "C" {
 
 int pass_bytes() { return int(sizeof(Pass)); }
-int stack_bytes() { return int(sizeof(Stack) + sizeof(Group) + sizeof(Layer) + sizeof(Ranks)); }
-int chain_bytes() { return int(sizeof(Ends) + sizeof(Chain)); }
+int stack_bytes() { return int(sizeof(Stack) + sizeof(Group) + sizeof(Layer) + sizeof(Ranks) + sizeof(Ends)); }
+int chain_bytes() { return int(sizeof(Chain)); }
 
 Team *new_team(int size) { return new Team(size); }
 void end_team(Team *team) { delete team; }
@@ -47,8 +47,12 @@ void swiglu_bf16(const Bf16 *gate_up, int rows, int F, Bf16 *out) { swiglu(gate_
 
 // by the types of weights and KV
 #define PASS(name, W, Kv)                                                                                              \
-    void pass_##name(Team *team, const Stack *stack, const Pass *pass, int form, float *h, float *delta, float *A) {   \
-        together<W, Kv>(*team, *stack, *pass, [&](const auto &run) { run.whole(Form(form), h, delta, A); });           \
+    void pass_##name(Team *team, const Stack *stack, const Ends *ends, const Pass *pass, int form,                     \
+                     const int64_t *token_ids, float *h, float *delta, float *A) {                                     \
+        together<W, Kv>(*team, *stack, *pass, [&](const auto &run) {                                                   \
+            run.embed(*ends, token_ids, h);                                                                            \
+            run.whole(Form(form), h, delta, A);                                                                        \
+        });                                                                                                            \
     }                                                                                                                  \
     void attention_##name(Team *team, const Stack *stack, int group, const Pass *pass, float *h, const float *delta,   \
                           int from, int to, int summed, float *A) {                                                    \

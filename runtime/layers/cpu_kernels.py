@@ -38,7 +38,7 @@ _FUNCTIONS = {
     "add_rms": (("f32_f32", "bf16_bf16", "f32_bf16"), (_P, _P, _I, _I, _F, _P)),
     "swiglu": (("f32", "bf16"), (_P, _I, _I, _P)),
     "move_rows": (("f32", "bf16"), (_P, _L, _L, _L, _I, _I, _I, _P, _P, _I)),
-    "pass": (("f32_f32", "bf16_bf16", "bf16_f32"), (_P, _P, _P, _I, _P, _P, _P)),
+    "pass": (("f32_f32", "bf16_bf16", "bf16_f32"), (_P, _P, _P, _P, _I, _P, _P, _P, _P)),
     "attention": (
         ("f32_f32", "bf16_bf16", "bf16_f32"),
         (_P, _P, _I, _P, _P, _P, _I, _I, _I, _P),

@@ -46,6 +46,16 @@ struct Stack {
     float eps, scale;
 };
 
+// What is around the layers.
+struct Ends {
+    const void *embedding;  // [ids here + 1, E] of W, the last row zeros
+    const float *final_norm;  // [E]
+    Matrix head;              // [V, E]
+    const int32_t *mixed_ids;  // of all tokens: what noise is made from; null where nothing is sampled
+    int32_t first_embedding, num_embeddings, first_token;  // of this rank
+    int32_t splits;  // whether other ranks have embeddings too
+};
+
 namespace {
 
 // Where a pass keeps what is on its way; as large as the largest so far, of whoever began it.
@@ -130,6 +140,19 @@ struct Run {
         me.meet();
         multiply(active, F, layer.down, delta, E, add);
         me.meet();
+    }
+
+    // h [T, E] of token ids [T]
+    template <typename Id>
+    void embed(const Ends &ends, const Id *token_ids, float *h) const {
+        const auto rows = me.part(T);
+        for (int t = rows.from; t < rows.to; t++) {
+            int64_t row = token_ids[t] - ends.first_embedding;
+            if (row < 0 || row >= ends.num_embeddings) row = ends.num_embeddings;
+            copy((const W *)ends.embedding + row * E, E, h + int64_t(t) * E);
+        }
+        me.meet();
+        if (ends.splits) sum(h, int64_t(T) * E);
     }
 
     // room.x = norm(h += delta), times the weight [E] if there is one

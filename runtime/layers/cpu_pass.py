@@ -22,6 +22,7 @@ from torch import Tensor
 from paceline.parallel.region import share
 from paceline.parallel.shard import split
 from paceline.runtime.layers.cpu_kernels import LANES, Kernels, Pass, load_kernels, supports
+from paceline.runtime.sampling.sampler import mixed_ids
 
 if TYPE_CHECKING:
     from paceline.parallel.mesh import Axis
@@ -96,7 +97,20 @@ class _Ranks(ctypes.Structure):
     )
 
 
-STRUCT_BYTES = sum(ctypes.sizeof(each) for each in (_Stack, _Group, _Layer, _Ranks))
+class _Ends(ctypes.Structure):
+    _fields_ = (
+        ("embedding", ctypes.c_void_p),
+        ("final_norm", ctypes.c_void_p),
+        ("head", Matrix),
+        ("mixed_ids", ctypes.c_void_p),
+        ("first_embedding", ctypes.c_int32),
+        ("num_embeddings", ctypes.c_int32),
+        ("first_token", ctypes.c_int32),
+        ("splits", ctypes.c_int32),
+    )
+
+
+STRUCT_BYTES = sum(ctypes.sizeof(each) for each in (_Stack, _Group, _Layer, _Ranks, _Ends))
 
 
 def most_rows() -> int:
@@ -187,6 +201,22 @@ class PackedGroup:
     window: int | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedEnds:
+    """What is around the layers, on this rank."""
+
+    embedding: Tensor  # [ids here, E], then a row of zeros if other ranks have more
+    num_embeddings: int
+    splits: bool
+    """Whether other ranks have more."""
+    final_norm: Tensor  # [E] float32
+    head: Packed
+    tokens: range
+    """Those whose embeddings and logits are here."""
+    num_tokens: int
+    """Of all ranks."""
+
+
 class SmallPasses:
     """A model's layers over its KV pool, for passes of up to `most_rows` rows."""
 
@@ -195,6 +225,7 @@ class SmallPasses:
         groups: Sequence[PackedGroup],
         pool: KvPool,
         *,
+        ends: PackedEnds,
         axis: Axis,
         width: int,
         eps: float,
@@ -202,7 +233,8 @@ class SmallPasses:
     ) -> None:
         """Collective: every rank of the axis makes its own at the same time."""
         self.most_rows = most_rows()
-        kernels, dtype, kv_dtype = _kernels(), groups[0].layers[0].qkv.dtype, pool.groups[0].dtype
+        self.dtype = groups[0].layers[0].qkv.dtype
+        kernels, dtype, kv_dtype = _kernels(), self.dtype, pool.groups[0].dtype
         self._team = kernels.team
         self._pass = kernels.form("pass", dtype, kv_dtype)
         self._attention = kernels.form("attention", dtype, kv_dtype)
@@ -245,24 +277,38 @@ class SmallPasses:
             self._ranks = _Ranks(
                 region.address, axis.index, axis.size, capacity, 0, SUM_TIMEOUT_S, 0
             )
-        self._alive = (groups, pool, made, alive, region)
+        mixed = mixed_ids(ends.num_tokens, torch.device("cpu"))
+        self._ends = _Ends(
+            ends.embedding.data_ptr(),
+            ends.final_norm.data_ptr(),
+            ends.head.matrix,
+            mixed.data_ptr(),
+            ends.tokens.start,
+            ends.num_embeddings,
+            ends.tokens.start,
+            ends.splits,
+        )
+        self.ends_address = ctypes.addressof(self._ends)
+        self._alive = (groups, pool, made, alive, region, ends, mixed)
         ranks = None if self._ranks is None else ctypes.addressof(self._ranks)
         self._stack = _Stack(ctypes.addressof(made), ranks, len(groups), width, eps, scale)
         self.address = ctypes.addressof(self._stack)
         self.runs_whole = axis.size == 1 or self._ranks is not None
         """Whether `whole` may be asked for: ranks without memory in common add up between two calls."""
 
-    def whole(self, h_TE: Tensor, rows: Rows, form: Form) -> Tensor:
-        """All layers: `[T, E]` before the final norm. `h_TE` is changed. Raises TimeoutError where
+    def whole(self, rows: Rows, form: Form) -> Tensor:
+        """From tokens through all layers: `[T, E]` before the final norm. Raises TimeoutError where
         another rank does not come."""
-        T, E = h_TE.shape
-        room = torch.empty(1 + (self._most_layers if form == "attention" else 1), T, E)
-        delta_TE, A = room[0], room[1:]
+        T, E = rows.num_rows, self._stack.width
+        room = torch.empty(2 + (self._most_layers if form == "attention" else 1), T, E)
+        h_TE, delta_TE, A = room[0], room[1], room[2:]
         self._pass(
             self._team(),
             self.address,
+            self.ends_address,
             ctypes.addressof(_native(rows)),
             FORMS[form],
+            rows.token_ids.data_ptr(),
             h_TE.data_ptr(),
             delta_TE.data_ptr(),
             A.data_ptr(),

@@ -35,6 +35,7 @@ from paceline.runtime.inputs import Rows
 from paceline.runtime.layers.attention import attend
 from paceline.runtime.layers.cpu_pass import (
     Packed,
+    PackedEnds,
     PackedGroup,
     PackedLayer,
     most_rows,
@@ -216,24 +217,35 @@ class Decoder:
         self.vocabulary = split(vocab_size, axis.size, axis.index)
         """Token ids whose logits this rank computes."""
         self.vocabulary_widths = [len(split(vocab_size, axis.size, r)) for r in range(axis.size)]
-        self.embedding = Embedding(
-            embedding, offset=self.vocabulary.start, axis=axis, num_ids=num_ids
-        )
-        self.small_head, self._small_rows = Packed(head) if pack else None, most_rows()
+        self._embed = Embedding(embedding, offset=self.vocabulary.start, axis=axis, num_ids=num_ids)
+        self._small_head, self._small_rows = Packed(head) if pack else None, most_rows()
         self._head = Linear(head)
         self._head_dtype = head.dtype
-        self.final_norm = final_norm  # [E]
+        self._final_norm = final_norm  # [E]
+
+    def packed_ends(self) -> PackedEnds:
+        """What is around the layers, for passes of few rows."""
+        assert self._small_head is not None, "expected packed weights from end to end"
+        return PackedEnds(
+            embedding=self._embed.table,
+            num_embeddings=self._embed.num_here,
+            splits=self._embed.partial,
+            final_norm=self._final_norm,
+            head=self._small_head,
+            tokens=self.vocabulary,
+            num_tokens=self.vocab_size,
+        )
 
     def embed(self, rows: Rows) -> Tensor:
         """`[T, E]` float32. Hidden states stay in float32 between layers whatever the weights'
         dtype."""
-        return self.embedding(rows.token_ids)
+        return self._embed(rows.token_ids)
 
     def exact(self, rows: Rows) -> Tensor:
         """The model as it was trained, one layer after another: `[T, E]` before the final norm."""
-        h_TE, delta_TE = self.embed(rows), None
         if rows.small is not None and rows.small.runs_whole and rows.written is None:
-            return rows.small.whole(h_TE, rows, "exact")
+            return rows.small.whole(rows, "exact")
+        h_TE, delta_TE = self.embed(rows), None
         with torch_together():
             for group in self.groups:
                 for layer, number in enumerate(group.layers):
@@ -262,9 +274,9 @@ class Decoder:
 
     def logits(self, h_PE: Tensor) -> Tensor:
         """`[P, V]` of this rank's vocabulary, float32."""
-        x_PE = (rms(h_PE, eps=self.arch.norm_eps) * self.final_norm).to(self._head_dtype)
-        if self.small_head is not None and len(x_PE) <= self._small_rows:
-            return self.small_head(x_PE)
+        x_PE = (rms(h_PE, eps=self.arch.norm_eps) * self._final_norm).to(self._head_dtype)
+        if self._small_head is not None and len(x_PE) <= self._small_rows:
+            return self._small_head(x_PE)
         with torch_together():
             return self._head(x_PE).float()
 

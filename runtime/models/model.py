@@ -61,29 +61,14 @@ class Model:
             self._small = SmallPasses(
                 packed,
                 self.pool,
+                ends=decoder.packed_ends(),
                 axis=decoder.axis,
                 width=decoder.arch.hidden_size,
                 eps=decoder.arch.norm_eps,
                 scale=self._scale,
             )
             if self._small.runs_whole:
-                self.chains = self._make_chains(self._small)
-
-    def _make_chains(self, passes: SmallPasses) -> SmallChains:
-        decoder, embedding = self.decoder, self.decoder.embedding
-        assert decoder.small_head is not None, "expected packed weights from end to end"
-        return SmallChains(
-            passes,
-            self.pool,
-            self._rope,
-            embedding=embedding.table,
-            num_embeddings=embedding.num_here,
-            splits=embedding.partial,
-            first_token=decoder.vocabulary.start,
-            num_tokens=decoder.vocab_size,
-            final_norm=decoder.final_norm,
-            head=decoder.small_head,
-        )
+                self.chains = SmallChains(self._small, self.pool, self._rope)
 
     @property
     def is_small(self) -> bool:

@@ -91,9 +91,9 @@ class LayerParallel:
     def grouped(self, rows: Rows) -> Tensor:
         """A pass with the groups side by side: `[T, E]` before the final norm. Writes approximate
         KV rows."""
-        h_TE, delta_TE = self._decoder.embed(rows), None
         if rows.small is not None and rows.small.runs_whole and self._whole:
-            return rows.small.whole(h_TE, rows, self.form)
+            return rows.small.whole(rows, self.form)
+        h_TE, delta_TE = self._decoder.embed(rows), None
         with torch_together():
             for group, side_by_side in zip(self._decoder.groups, self._groups, strict=True):
                 if side_by_side is None:
