@@ -250,7 +250,8 @@ class InProcess:
         self.start_ranks()
 
     def send(self, plan: StepPlan) -> None:
-        self._sent.append((plan, None if self._pipeline is None else self._pipeline.send(plan)))
+        pipeline = None if plan.alone else self._pipeline
+        self._sent.append((plan, None if pipeline is None else pipeline.send(plan)))
 
     def receive(self) -> StepResult:
         worker = self._worker
@@ -258,7 +259,7 @@ class InProcess:
         plan, result = self._sent.popleft()
         try:
             if result is None:
-                return worker.step(plan)
+                return (worker.step if self._pipeline is None else self._pipeline.carry_out)(plan)
             return result.result(worker.config.step_timeout_s)
         except Exception as error:
             if worker.mesh.world.size > 1 or not ran_out_of_memory(error):

@@ -71,6 +71,13 @@ class Pipeline:
         self._under_way.append((result, names))
         return result
 
+    def carry_out(self, plan: StepPlan) -> StepResult:
+        """A plan that is alone, in the caller's thread."""
+        wait([result for result, _ in self._under_way])  # another rank was done with them before this
+        result = self._worker.step(plan)
+        self._finish()
+        return result
+
     def close(self) -> None:
         """Wait a little for the plans under way. Safe to call twice."""
         wait([result for result, _ in self._under_way], timeout=CLOSE_S)

@@ -61,7 +61,12 @@ def run_rank(
         failed = threading.Event()
         channel.ready(worker.facts(), num_blocks=worker.num_blocks)
         while (plan := channel.receive(alive=lambda: alive() and not failed.is_set())) is not None:
-            carried_out = _at_once(worker, plan) if pipeline is None else pipeline.send(plan)
+            if pipeline is None:
+                carried_out = _at_once(worker.step, plan)
+            elif plan.alone:
+                carried_out = _at_once(pipeline.carry_out, plan)
+            else:
+                carried_out = pipeline.send(plan)
             carried_out.add_done_callback(partial(_answer, channel, spec.rank, plan, failed))
             if failed.is_set():
                 return
@@ -74,11 +79,11 @@ def run_rank(
         leave()
 
 
-def _at_once(worker: Worker, plan: StepPlan) -> Future[StepResult]:
+def _at_once(step: Callable[[StepPlan], StepResult], plan: StepPlan) -> Future[StepResult]:
     """The result of a plan, once it is carried out."""
     done: Future[StepResult] = Future()
     try:
-        done.set_result(worker.step(plan))
+        done.set_result(step(plan))
     except Exception as error:
         done.set_exception(error)
     return done

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-WIRE_VERSION = 5
+WIRE_VERSION = 6
 """Raised by one whenever a type below changes its meaning; both ends of a channel compare it."""
 
 
@@ -299,6 +299,8 @@ class StepPlan(WireType, frozen=True, kw_only=True):
     finished: tuple[str, ...] = ()
     """Requests to forget before the step, ended or preempted: their KV blocks may be in
     `scheduled` again."""
+    alone: bool = False
+    """Whether there will be no other before its result: then its stages need no threads of their own."""
     shutdown: bool = False
     version: int = WIRE_VERSION
 

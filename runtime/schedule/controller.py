@@ -48,8 +48,9 @@ class Way:
     plans_in_flight: int = 1
 
     def suits(self, num_requests: int) -> bool:
-        """Whether as many trees fit into a step."""
-        return self.tree is None or trees_fit(self.tree, num_requests)
+        """Whether as many trees fit into a step, and there is something for every step in flight."""
+        fits = self.tree is None or trees_fit(self.tree, num_requests)
+        return fits and num_requests >= self.plans_in_flight
 
 
 @dataclass(slots=True)

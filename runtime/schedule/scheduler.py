@@ -397,7 +397,13 @@ class Scheduler:
         finished: tuple[str, ...] = ()
         if scheduled or not self._flights:  # it can wait for a step that does more
             finished, self._finished = tuple(self._finished), []
-        plan = StepPlan(step=self._step, scheduled=scheduled, form=drafting.form, finished=finished)
+        plan = StepPlan(
+            step=self._step,
+            scheduled=scheduled,
+            form=drafting.form,
+            finished=finished,
+            alone=not self._flights and self._plans_in_flight == 1,
+        )
         if scheduled or finished:
             flight = _Flight(step=self._step, planned_s=now_s, shares=shares, drafting=drafting)
             self._flights.append(flight)
