@@ -73,7 +73,9 @@ class Pipeline:
 
     def carry_out(self, plan: StepPlan) -> StepResult:
         """A plan that is alone, in the caller's thread."""
-        wait([result for result, _ in self._under_way])  # another rank was done with them before this
+        wait(
+            [result for result, _ in self._under_way]
+        )  # another rank was done with them before this
         result = self._worker.step(plan)
         self._finish()
         return result

@@ -254,3 +254,38 @@ def test_what_a_stage_raises_is_the_plan_s_result(
             result.result(SOON_S)
     else:
         assert result.result(SOON_S) == StepResult(step=0)
+
+
+def test_a_plan_that_is_alone_waits_for_those_before_it_and_needs_no_thread(
+    slow: tuple[SlowWorker, Pipeline],
+) -> None:
+    worker, pipeline = slow
+    mine = []
+    worker.step = lambda given: (
+        mine.append(threading.current_thread())
+        or StepResult(  # type: ignore[attr-defined]
+            step=given.step
+        )
+    )
+    pipeline.send(plan(0, "a"))
+    threading.Timer(0.2, lambda: [each.release() for each in worker.go_on.values()]).start()
+    assert pipeline.carry_out(plan(1, "a")) == StepResult(step=1)
+    assert "verify 0 is over" in worker.told
+    assert mine == [threading.current_thread()]
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "interleaved", "adaptive"])
+def test_texts_are_the_same_whichever_plans_are_alone(
+    open_llm: Callable[..., LLM],
+    plain: list[list[int]],
+    schedule: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone, carry_out, step = [], Pipeline.carry_out, Pipeline.send
+    monkeypatch.setattr(Pipeline, "carry_out", lambda *a: alone.append(1) or carry_out(*a))
+    monkeypatch.setattr(Pipeline, "send", lambda *a: alone.append(0) or step(*a))
+    length = "adaptive" if schedule == "adaptive" else "fixed"
+    with open_llm({"schedule": schedule, "draft_length": length}) as llm:
+        assert write(llm) == plain
+    kinds = {"lockstep": set(), "interleaved": {0}, "adaptive": {0, 1}}
+    assert set(alone) == kinds[schedule]

@@ -117,6 +117,17 @@ def test_trees_are_not_tried_where_they_do_not_fit() -> None:
     assert set(batch.used) == {way.name for way in ways}
 
 
+def test_one_request_alone_is_not_interleaved() -> None:
+    ways = ways_to_draft(most=5, plans_in_flight=(1, 2))
+    batch = Batch(Controller(ways), {way.name: 100 for way in ways})
+    for _ in range(200):
+        batch.step()
+    assert set(batch.used) == {"lockstep, chain"}
+    for _ in range(200):
+        batch.step(num_requests=4)
+    assert set(batch.used) == {"lockstep, chain", "interleaved, chain"}
+
+
 def test_what_is_chosen_says_why() -> None:
     batch = Batch(fixed("a", "b"), {"a": 100, "b": 180})
     for _ in range(100):

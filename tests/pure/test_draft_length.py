@@ -417,6 +417,16 @@ def test_what_was_never_tried_is_hoped_to_be_cheap() -> None:
     assert curve.at(64) == curve.at(1000) - 45.0 == 5.0
 
 
+def test_fewer_rows_than_any_seen_are_hoped_to_cost_their_share() -> None:
+    """Else what a prompt took would price the first draft, and nothing would ever be drafted."""
+    curve = CostCurve()
+    curve.observe(128, 4.0)
+    assert curve.at(1) < 0.1
+    assert curve.at(128) == pytest.approx(4.0)
+    curve.observe(1, 2.0)
+    assert curve.at(1) == pytest.approx(2.0)
+
+
 def test_a_machine_that_slows_down_does_so_for_all_rows() -> None:
     curve = CostCurve()
     for _ in range(50):
