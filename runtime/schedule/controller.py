@@ -145,7 +145,7 @@ class Controller:
     _SOON = 32  # steps, where what it gave is more than the best way gives now
 
     def __init__(self, ways: Sequence[Way]) -> None:
-        """The first is what is done before anything is known."""
+        """The first is what is done before anything is known, and suits every batch."""
         assert ways, "expected a way to draft"
         self._ways = tuple(ways)
         self._classes: dict[int, _Class] = {}
@@ -161,8 +161,10 @@ class Controller:
         """Of the way of the last choice."""
         return self._way.plans_in_flight
 
-    def choose(self, states: Sequence[DraftState], *, rows: int) -> Drafting:
-        num_requests = len(states) * self._way.plans_in_flight
+    def choose(
+        self, states: Sequence[DraftState], *, rows: int, num_running: int | None = None
+    ) -> Drafting:
+        num_requests = len(states) if num_running is None else num_running
         size = num_requests.bit_length()
         batches = self._classes.get(size)
         if batches is None:

@@ -149,9 +149,11 @@ class DraftPolicy(Protocol):
     def plans_in_flight(self) -> int:
         """No more of them, though there might be."""
 
-    def choose(self, states: Sequence[DraftState], *, rows: int) -> Drafting:
+    def choose(
+        self, states: Sequence[DraftState], *, rows: int, num_running: int | None = None
+    ) -> Drafting:
         """Set `num_tokens` and `drafter` of every state. `rows`: those of the target's pass without
-        any drafts."""
+        any drafts. `num_running` counts the requests of all steps in flight, if others may be."""
 
     def verified(self, state: DraftState, *, num_drafted: int, num_accepted: int) -> None:
         """A request's drafts were verified."""
@@ -185,7 +187,13 @@ class FixedDrafts:
     def __init__(self, tree: DraftShape | None = None) -> None:
         self._tree = tree
 
-    def choose(self, states: Sequence[DraftState], *, rows: int) -> Drafting:  # noqa: ARG002
+    def choose(
+        self,
+        states: Sequence[DraftState],
+        *,
+        rows: int,  # noqa: ARG002
+        num_running: int | None = None,  # noqa: ARG002
+    ) -> Drafting:
         for state in states:
             _draft_most(state)
             state.tree = None
@@ -384,7 +392,13 @@ class AdaptiveDrafts:
     def reads_prompts(self) -> bool:
         return self._setting.depth > 0
 
-    def choose(self, states: Sequence[DraftState], *, rows: int) -> Drafting:
+    def choose(
+        self,
+        states: Sequence[DraftState],
+        *,
+        rows: int,
+        num_running: int | None = None,  # noqa: ARG002
+    ) -> Drafting:
         self._step += 1
         drafting = Drafting(len(states), not any(state.asked for state in states))
         overdrawn = self._account_ms is not None and self._account_ms < 0.0

@@ -442,7 +442,9 @@ class Scheduler:
         free_rows = self.limits.max_num_batched_tokens - num_rows
         if not drafting:
             return free_rows, Drafting()
-        counted = self._drafts.choose(drafting, rows=num_rows + self._num_read_rows)
+        counted = self._drafts.choose(
+            drafting, rows=num_rows + self._num_read_rows, num_running=len(self._running)
+        )
         for_drafts = free_rows
         has_seat = self._num_waiting > 0 and len(self._running) < self._seats
         if has_seat or num_rows < len(ready):
@@ -1219,7 +1221,7 @@ def _draft_policy(spec: Speculation | None) -> DraftPolicy:
         most=spec.num_tokens,
         tree=spec.tree,
         forms=spec.forms,
-        plans_in_flight=(2, 1) if spec.may_interleave else (MOST_PLANS,),
+        plans_in_flight=(1, 2) if spec.may_interleave else (MOST_PLANS,),
     )
     return ways[0].policy if len(ways) == 1 else Controller(ways)
 

@@ -274,18 +274,17 @@ def test_a_plan_that_is_alone_waits_for_those_before_it_and_needs_no_thread(
     assert mine == [threading.current_thread()]
 
 
-@pytest.mark.parametrize("schedule", ["lockstep", "interleaved", "adaptive"])
-def test_texts_are_the_same_whichever_plans_are_alone(
+@pytest.mark.parametrize("num_texts", [1, len(PROMPTS)])
+def test_an_adaptive_engine_is_alone_with_one_text_and_not_with_many(
     open_llm: Callable[..., LLM],
     plain: list[list[int]],
-    schedule: str,
+    num_texts: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    alone, carry_out, step = [], Pipeline.carry_out, Pipeline.send
-    monkeypatch.setattr(Pipeline, "carry_out", lambda *a: alone.append(1) or carry_out(*a))
-    monkeypatch.setattr(Pipeline, "send", lambda *a: alone.append(0) or step(*a))
-    length = "adaptive" if schedule == "adaptive" else "fixed"
-    with open_llm({"schedule": schedule, "draft_length": length}) as llm:
-        assert write(llm) == plain
-    kinds = {"lockstep": set(), "interleaved": {0}, "adaptive": {0, 1}}
-    assert set(alone) == kinds[schedule]
+    alone, carry_out, send = [], Pipeline.carry_out, Pipeline.send
+    monkeypatch.setattr(Pipeline, "carry_out", lambda *a: alone.append(True) or carry_out(*a))
+    monkeypatch.setattr(Pipeline, "send", lambda *a: alone.append(False) or send(*a))
+    with open_llm({"schedule": "adaptive", "draft_length": "adaptive"}) as llm:
+        outputs = llm.generate(PROMPTS[:num_texts], PARAMS[:num_texts])
+    assert [each.outputs[0].token_ids for each in outputs] == plain[:num_texts]
+    assert alone.count(num_texts == 1) > 10
