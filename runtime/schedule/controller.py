@@ -46,11 +46,13 @@ class Way:
     tree: DraftShape | None = None
     form: DraftForm = AS_CONFIGURED
     plans_in_flight: int = 1
+    halves: bool = False
+    """Whether it parts the requests that another way takes together."""
 
     def suits(self, num_requests: int) -> bool:
-        """Whether as many trees fit into a step, and there is something for every step in flight."""
+        """Whether as many trees fit into a step, and there is something for each half."""
         fits = self.tree is None or trees_fit(self.tree, num_requests)
-        return fits and num_requests >= self.plans_in_flight
+        return fits and (num_requests > 1 or not self.halves)
 
 
 @dataclass(slots=True)
@@ -107,6 +109,7 @@ def ways_to_draft(
                 policy=AdaptiveDrafts(most=most),
                 form=form,
                 plans_in_flight=plans,
+                halves=plans > min(plans_in_flight),
             )
             for form, how in zip(forms, described, strict=True)
         ]
@@ -117,6 +120,7 @@ def ways_to_draft(
                 tree=shape,
                 form=forms[0],
                 plans_in_flight=plans,
+                halves=plans > min(plans_in_flight),
             )
             for shape in shapes
         ]
