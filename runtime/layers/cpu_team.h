@@ -3,24 +3,32 @@
 //
 //     stage ── meet ── stage ── meet ──> partial sums ── add_up ──> sums, the same on every rank
 //
-// Whoever waits spins, since the others are a microsecond away, and then lets others have the processor.
+// Whoever waits spins for a while, since the others are a microsecond away, and then sleeps: a thread that spins on
+// would keep from its core the very one it waits for.
 
 #pragma once
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
+#include <climits>
 #include <cstdint>
 #include <cstring>
-#include <mutex>
 #include <sched.h>
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
-constexpr int SPINS = 4096;  // of a thread that waits for another, before it yields
-constexpr auto AWAKE = std::chrono::microseconds(300);  // what a thread without work spins, before it sleeps
+using Clock = std::chrono::steady_clock;
+constexpr auto AWAKE = std::chrono::microseconds(50);      // what somebody in the midst of a pass spins
+constexpr auto READY = std::chrono::microseconds(300);     // and a thread without work
+constexpr auto LOOK_UP = std::chrono::milliseconds(100);   // how often a sleeper looks for itself
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -30,28 +38,56 @@ inline void relax() {
 #endif
 }
 
-// False where it never came to be: `late` says when to give up, and is asked now and then.
-template <typename Done, typename Late>
-bool wait_until(Done &&done, Late &&late) {
-    for (int spins = 0; !done(); spins++) {
-        if (spins < SPINS) {
-            relax();
-        } else {
-            if (spins % 1024 == 0 && late()) return false;
-            sched_yield();
-        }
-    }
-    return true;
-}
-
 }  // namespace
 
+// A number that only grows, modulo 2^32, and those that wait for it; in memory of one process or of several.
+struct alignas(64) Count {
+    std::atomic<uint32_t> value;
+    std::atomic<uint32_t> asleep;
+
+    bool reached(uint32_t wanted) const { return int32_t(value.load(std::memory_order_seq_cst) - wanted) >= 0; }
+
+    void raise(uint32_t to) {
+        value.store(to, std::memory_order_seq_cst);
+#if defined(__linux__)
+        if (asleep.load(std::memory_order_seq_cst)) syscall(SYS_futex, &value, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+#endif
+    }
+
+    // False where it was not reached in time.
+    bool wait(uint32_t wanted, Clock::duration awake, double timeout_s = 1e9) {
+        const auto start = Clock::now();
+        while (true) {
+            for (int spins = 0; spins < 64; spins++) {
+                if (reached(wanted)) return true;
+                relax();
+            }
+            const auto waited = Clock::now() - start;
+            if (waited >= awake) sleep(wanted);
+            if (std::chrono::duration<double>(waited).count() > timeout_s) return reached(wanted);
+        }
+    }
+
+  private:
+    void sleep(uint32_t wanted) {
+#if defined(__linux__)
+        asleep.fetch_add(1, std::memory_order_seq_cst);
+        const uint32_t now = value.load(std::memory_order_seq_cst);
+        const timespec most{0, std::chrono::nanoseconds(LOOK_UP).count()};
+        if (int32_t(now - wanted) < 0) syscall(SYS_futex, &value, FUTEX_WAIT, now, &most, nullptr, 0);
+        asleep.fetch_sub(1, std::memory_order_seq_cst);
+#else
+        sched_yield();
+#endif
+    }
+};
+
 // The ranks of a host. All of them call `add_up` in the same order with the same counts. The region, which all have
-// mapped, begins with a line of 64 bytes per rank, the number of sums it has put down; then come two slots of `capacity`
-// floats per rank, used in turn: whoever puts the next but one down knows that all others have read this one, for they
-// have put the next one down.
+// mapped, begins with a `Count` per rank, the sums it has put down; then come two slots of `capacity` floats per rank,
+// used in turn: whoever puts the next but one down knows that all others have read this one, for they have put the next
+// one down.
 struct Ranks {
-    char *region;  // null where a rank is alone
+    char *region;
     int32_t rank, size;
     int64_t capacity;
     int64_t turn;  // sums so far
@@ -61,10 +97,10 @@ struct Ranks {
 
 namespace {
 
-std::atomic<int64_t> &turn_of(const Ranks &ranks, int rank) { return *(std::atomic<int64_t> *)(ranks.region + 64 * rank); }
+Count &count_of(const Ranks &ranks, int rank) { return *(Count *)(ranks.region + sizeof(Count) * rank); }
 
 float *slot_of(const Ranks &ranks, int64_t turn, int rank) {
-    return (float *)(ranks.region + 64 * ranks.size) + ((turn & 1) * ranks.size + rank) * ranks.capacity;
+    return (float *)(ranks.region + sizeof(Count) * ranks.size) + ((turn & 1) * ranks.size + rank) * ranks.capacity;
 }
 
 // values [count] of all ranks, added up in the order of their ranks
@@ -72,14 +108,9 @@ inline void add_up(Ranks &ranks, float *values, int64_t count) {
     for (; count > 0 && !ranks.failed; values += ranks.capacity, count -= ranks.capacity) {
         const int64_t part = count < ranks.capacity ? count : ranks.capacity, turn = ranks.turn++;
         std::memcpy(slot_of(ranks, turn, ranks.rank), values, part * sizeof(float));
-        turn_of(ranks, ranks.rank).store(turn + 1, std::memory_order_release);
-        const auto start = std::chrono::steady_clock::now();
+        count_of(ranks, ranks.rank).raise(uint32_t(turn + 1));
         for (int rank = 0; rank < ranks.size; rank++) {
-            const auto there = [&] { return turn_of(ranks, rank).load(std::memory_order_acquire) > turn; };
-            const auto late = [&] {
-                return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > ranks.timeout_s;
-            };
-            if (!wait_until(there, late)) {
+            if (!count_of(ranks, rank).wait(uint32_t(turn + 1), AWAKE, ranks.timeout_s)) {
                 ranks.failed = 1;
                 return;
             }
@@ -103,11 +134,7 @@ class Team {
 
     ~Team() {
         ends.store(true);
-        {
-            std::lock_guard<std::mutex> held(mutex);
-            work.fetch_add(1);
-        }
-        changed.notify_all();
+        calls.raise(calls.value.load() + 1);
         for (std::thread &each : others) each.join();
     }
 
@@ -117,25 +144,20 @@ class Team {
         if (size == 1) return part(0);
         call = [](void *given, int index) { (*(std::remove_reference_t<Part> *)given)(index); };
         given = (void *)&part;
-        left.store(size - 1, std::memory_order_relaxed);
-        work.fetch_add(1, std::memory_order_seq_cst);
-        if (asleep.load(std::memory_order_seq_cst) > 0) {
-            std::lock_guard<std::mutex> held(mutex);
-            changed.notify_all();
-        }
+        calls.raise(calls.value.load(std::memory_order_relaxed) + 1);
         part(0);
-        wait_until([this] { return left.load(std::memory_order_acquire) == 0; }, [] { return false; });
+        meet();
     }
 
     // Every thread waits here for the others.
     void meet() {
         if (size == 1) return;
-        const uint32_t now = meetings.load(std::memory_order_relaxed);
+        const uint32_t next = meetings.value.load(std::memory_order_relaxed) + 1;
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
             arrived.store(0, std::memory_order_relaxed);
-            meetings.store(now + 1, std::memory_order_release);
+            meetings.raise(next);
         } else {
-            wait_until([&] { return meetings.load(std::memory_order_acquire) != now; }, [] { return false; });
+            meetings.wait(next, AWAKE);
         }
     }
 
@@ -143,38 +165,19 @@ class Team {
 
   private:
     void serve(int index) {
-        for (uint64_t done = 0;; done++) {
-            await_work(done);
+        for (uint32_t next = 1;; next++) {
+            calls.wait(next, READY);
             if (ends.load()) return;
             call(given, index);
-            left.fetch_sub(1, std::memory_order_release);
+            meet();
         }
     }
 
-    void await_work(uint64_t done) {
-        const auto there = [&] { return work.load(std::memory_order_seq_cst) > done; };
-        const auto start = std::chrono::steady_clock::now();
-        while (std::chrono::steady_clock::now() - start < AWAKE)
-            for (int spins = 0; spins < 64; spins++) {
-                if (there()) return;
-                relax();
-            }
-        std::unique_lock<std::mutex> held(mutex);
-        asleep.fetch_add(1, std::memory_order_seq_cst);
-        changed.wait(held, there);
-        asleep.fetch_sub(1, std::memory_order_seq_cst);
-    }
-
-    alignas(64) std::atomic<uint64_t> work{0};
-    alignas(64) std::atomic<int> left{0};
+    Count calls{}, meetings{};
     alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<uint32_t> meetings{0};
-    alignas(64) std::atomic<int> asleep{0};
     std::atomic<bool> ends{false};
     void (*call)(void *, int) = nullptr;
     void *given = nullptr;
-    std::mutex mutex;
-    std::condition_variable changed;
     std::vector<std::thread> others;
 };
 

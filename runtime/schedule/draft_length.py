@@ -219,11 +219,13 @@ class CostCurve:
     """
 
     _OWN = 0.1  # weight of a new observation in its own bin
+    _YOUNG = 8  # observations of a bin, of which the first may have met cold caches:
+    _COLD = 0.7  # one that is so much less takes their place
     _ALL = 0.1  # and in all: a machine that slows down does so for every number of rows
     _KEPT = 2048  # observations after which a bin that was not seen again is given up
 
     def __init__(self) -> None:
-        self._bins: dict[int, list[float]] = {}  # bin -> [rows, ms / scale, last seen]
+        self._bins: dict[int, list[float]] = {}  # bin -> [rows, ms / scale, last seen, how often]
         self._scale = 1.0
         self._count = 0
         self._line: tuple[list[float], list[float]] | None = None
@@ -236,9 +238,13 @@ class CostCurve:
         self._line = None
         entry = self._bins.get(_bin(rows))
         if entry is None:
-            self._bins[_bin(rows)] = [rows, ms / self._scale, self._count]
+            self._bins[_bin(rows)] = [rows, ms / self._scale, self._count, 1]
             return True
         expected = entry[1] * self._scale
+        entry[3] += 1
+        if entry[3] <= self._YOUNG and ms < self._COLD * expected:
+            entry[:3] = [rows, ms / self._scale, self._count]
+            return True
         # one pause of the machine must not be learnt as the price of so many rows
         ratio = min(2.0, max(0.5, ms / expected)) if expected > 0 else 1.0
         entry[0] += self._OWN * (rows - entry[0])
@@ -278,7 +284,7 @@ class CostCurve:
         ys: list[float] = []
         last = None
         for key in sorted(self._bins):
-            rows, ms, _ = self._bins[key]
+            rows, ms, _, _ = self._bins[key]
             if last is not None and key - last > 1:  # as cheap as the bin before, up to this one
                 xs.append(min(rows, max(xs[-1], 2 ** ((key - 0.5) / 2))))
                 ys.append(ys[-1])
@@ -359,12 +365,14 @@ class AdaptiveDrafts:
     _WORTHWHILE = 1.07  # and drafting at all: prompts are read twice for it, which no step shows
     _OFF_EVERY = 64  # steps between those without drafts, which say what drafting is compared with
     _OFF_EVERY_UNKNOWN = 8  # where that is not known for so many rows
-    _EXPLORE_EVERY = 16
+    _EXPLORE_EVERY = 32
+    _EXPLORE_STEPS = 3  # the first of them reads up what was written without drafts
     _ALLOWANCE = 0.015  # part of the time that drafting may cost
     _MOST_STEPS_SAVED = 8  # bounds of the account, in steps: old gains pay for few new losses,
     _MOST_STEPS_OWED = 4  # and one pause of the machine does not stop drafting for long
     _FIRST_STEPS = 4  # what there is to begin with
-    _LONGEST_STEP = 8.0  # no more of one step is charged, in steps without drafts
+    _LONGEST_STEP = 2.0  # no more of one step is charged, in what such took lately
+    _MOST_SURPRISE = 8.0
     _EXPLORE_TOKENS = 3
     _HORIZON = 64  # rounds over which a request's reading up is written off
     _MOST_READING = 16.0  # tokens read up per such round; a request further behind is left alone
@@ -385,7 +393,10 @@ class AdaptiveDrafts:
         self._last_off = -self._OFF_EVERY  # the very first step
         self._last_explored = 0
         self._num_explored = 0
+        self._explore_steps = self._EXPLORE_STEPS
+        """Left of an exploration that has begun, as it has at the start."""
         self._account_ms: float | None = None
+        self._surprise = 1.0  # what steps with drafts took lately, in what they were expected to
         self._hidden = 0.0  # part of the shorter stage that ran beside another step's longer one
 
     @property
@@ -417,6 +428,8 @@ class AdaptiveDrafts:
             self._assign(state)
             drafted += state.num_tokens
         if drafted == 0 and self._step - self._last_explored >= self._EXPLORE_EVERY:
+            self._explore_steps = self._EXPLORE_STEPS
+        if drafted == 0 and self._explore_steps > 0:
             self._explore(states, rows=rows)
         return drafting
 
@@ -470,8 +483,17 @@ class AdaptiveDrafts:
         drafting = cost.drafting
         if cost.draft_rows and drafting.is_counted:
             worth = 1.0 + cost.num_accepted / drafting.num_requests  # in steps without drafts
-            # a step that took far longer was held up by something else
-            step_ms = min(cost.seconds * 1e3, self._LONGEST_STEP * undrafted_ms)
+            # a step that took far longer was held up by something else, as those without drafts are
+            expected_ms = self._cost(
+                rows=cost.rows,
+                passes=cost.num_passes,
+                first=cost.first_rows,
+                later=cost.later_rows,
+            )
+            whole_ms = cost.seconds * 1e3
+            step_ms = min(whole_ms, self._LONGEST_STEP * self._surprise * expected_ms)
+            ratio = min(whole_ms / expected_ms, self._MOST_SURPRISE)
+            self._surprise += 0.1 * (ratio - self._surprise)
             self._account_ms += worth * undrafted_ms - step_ms
         least, most = -self._MOST_STEPS_OWED, self._MOST_STEPS_SAVED
         self._account_ms = min(max(self._account_ms, least * undrafted_ms), most * undrafted_ms)
@@ -628,11 +650,13 @@ class AdaptiveDrafts:
 
     def _explore(self, states: Sequence[DraftState], *, rows: int) -> None:
         """Let a few requests draft although it does not seem to pay: in turn those that have least
-        to read, and any."""
+        to read, and any; and for some steps those that did."""
         able = [s for s in states if _chosen_drafter(s) is not None and s.room > 0 and s.most > 0]
         few = max(1, len(states) // 8)
-        self._num_explored += 1
-        if self._num_explored % 2:
+        goes_on = self._explore_steps < self._EXPLORE_STEPS
+        self._num_explored += not goes_on
+        self._explore_steps -= 1
+        if goes_on or self._num_explored % 2:
             chosen = heapq.nsmallest(few, able, key=lambda state: state.lag)
         else:
             first = self._num_explored // 2 * few % max(1, len(able))
@@ -654,3 +678,5 @@ class AdaptiveDrafts:
             state.drafter = _chosen_drafter(state) or "draft_model"
         if chosen:
             self._last_explored = self._step
+        else:
+            self._explore_steps = 0

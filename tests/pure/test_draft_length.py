@@ -427,6 +427,27 @@ def test_fewer_rows_than_any_seen_are_hoped_to_cost_their_share() -> None:
     assert curve.at(1) == pytest.approx(2.0)
 
 
+def test_what_a_cold_start_took_is_forgotten_at_once() -> None:
+    curve = CostCurve()
+    for ms in (30.0, 2.1, 1.9, 2.0):
+        curve.observe(4, ms)
+    assert curve.at(4) == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.03])
+def test_pauses_that_meet_steps_with_and_without_drafts_do_not_end_drafting(rate: float) -> None:
+    """A machine that others use too: some steps take tens of milliseconds, whatever is in them."""
+    pausing = replace(CPU, verify=lambda rows: CPU.verify(rows) + 30.0 * (chance.random() < rate))
+    chance = random.Random(0)
+    simulation = Simulation(AdaptiveDrafts(most=MOST))
+    simulation.run(pausing, [0.9], steps=300)
+    drafted = 0
+    for _ in range(1000):
+        simulation.step(pausing, [0.9])
+        drafted += any(state.num_tokens for state in simulation.states)
+    assert drafted > 800
+
+
 def test_a_machine_that_slows_down_does_so_for_all_rows() -> None:
     curve = CostCurve()
     for _ in range(50):
