@@ -26,8 +26,10 @@ $(READY): constraints.txt pyproject.toml
 demo: setup
 	$(VENV)/bin/paceline generate --compare --dtype float32 --max-tokens 96 --max-num-seqs 1 --prompts-file deploy/configs/demo-prompts.jsonl
 
+# first what starts clusters and looks whether they leave anything, alone; then all the rest, two files at a time
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest tests/ray tests/ranks tests/gpu
+	$(PY) -m pytest -n 2 --dist loadfile tests/pure tests/cpu tests/packaging
 
 # within a minute; where no vulnerability service can be reached it says so and passes
 audit: setup

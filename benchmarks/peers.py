@@ -32,8 +32,8 @@ from paceline.runtime.models.weights import find_model
 from paceline.runtime.tokenizer import Tokenizer
 
 EXPECTED = {
-    "batch1_over_vllm_best": (">=", 1.0),
-    "concurrent36_over_vllm_best": (">=", 1.0),
+    "batch1_over_vllm_best": (">=", 1.5),
+    "concurrent36_over_vllm_best": (">=", 1.2),
 }
 ALONE, TOGETHER = 1, 36
 """Requests in flight."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +21,12 @@ _patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("repeatable", _patient, derandomize=True, database=None)
 settings.register_profile("random", _patient)
 settings.load_profile("repeatable")
+
+
+# Several files at a time: what one leaves for another to find must not be looked at by a third.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="pt-")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 
 # Who runs the tests in the background of a shell has Ctrl-C ignored, and so would all processes of theirs.
