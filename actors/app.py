@@ -28,6 +28,7 @@ from paceline.actors.coordinator import Coordinator
 from paceline.actors.placement import Place, Places, find_places
 from paceline.actors.ray_token import TOKEN_ADVICE
 from paceline.actors.shard import Shard
+from paceline.parallel.launch import calm_openmp
 from paceline.parallel.leftovers import sweep_after
 from paceline.runtime.config import EngineConfig
 from paceline.runtime.errors import EngineError, PlacementError, UserError
@@ -246,6 +247,7 @@ def _init_ray(config: EngineConfig) -> None:
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
+        calm_openmp()
         settings |= {"address": "local", "include_dashboard": False}
     else:
         _knock(address)

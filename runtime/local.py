@@ -149,9 +149,10 @@ def _engine_process(
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
 
-        # one core is the frontend's: threads that wait for one another wait longest where they
-        # outnumber the cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
+        # of more than two cores one is the frontend's: threads that wait for one another wait
+        # longest where they outnumber the cores
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(max(min(2, cores), cores - 1))
     try:
         engine = _engine(config, max_model_len=max_model_len)
     except Exception as error:  # whatever it is, the parent must hear of it rather than wait

@@ -13,12 +13,15 @@ from contextlib import contextmanager
 
 import torch
 
+MOST_MEMBERS = 16
+"""Of a team: with more, those passes are so short that meeting takes longer."""
+
 _own = threading.local()
 
 
 def team_size() -> int:
     """How many threads, the caller's included, compute a pass of few rows."""
-    return getattr(_own, "size", 0) or torch.get_num_threads()
+    return min(MOST_MEMBERS, getattr(_own, "size", 0) or torch.get_num_threads())
 
 
 @contextmanager

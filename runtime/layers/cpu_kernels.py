@@ -81,7 +81,8 @@ class Team:
 
     def __init__(self, address: int, size: int, *, end: Callable[[int], None]) -> None:
         self.address, self.size = address, size
-        weakref.finalize(self, end, address)
+        # a process that ends takes them along, wherever they are
+        weakref.finalize(self, end, address).atexit = False
 
 
 class Kernels:
