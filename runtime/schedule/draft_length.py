@@ -365,11 +365,13 @@ class AdaptiveDrafts:
     _WORTHWHILE = 1.07  # and drafting at all: prompts are read twice for it, which no step shows
     _OFF_EVERY = 64  # steps between those without drafts, which say what drafting is compared with
     _OFF_EVERY_UNKNOWN = 8  # where that is not known for so many rows
-    _EXPLORE_EVERY = 32
+    _EXPLORE_EVERY = 48
     _EXPLORE_STEPS = 3  # the first of them reads up what was written without drafts
     _ALLOWANCE = 0.015  # part of the time that drafting may cost
-    _MOST_STEPS_SAVED = 8  # bounds of the account, in steps: old gains pay for few new losses,
-    _MOST_STEPS_OWED = 4  # and one pause of the machine does not stop drafting for long
+    _MOST_STEPS_SAVED = (
+        64  # bounds of the account, in steps: gains pay for stalls that come in a row,
+    )
+    _MOST_STEPS_OWED = 2  # and a pause of the machine does not stop drafting for long
     _FIRST_STEPS = 4  # what there is to begin with
     _LONGEST_STEP = 2.0  # no more of one step is charged, in what such took lately
     _MOST_SURPRISE = 8.0
