@@ -6,7 +6,8 @@ module that imports torch.distributed.
 
 Paths, fastest first on one CPU host: DeepSpeed's shared-memory all-reduce (microseconds; sums only,
 so the other two verbs are sums over slots that one rank fills and the others leave zero), Gloo. On
-GPUs: NCCL.
+GPUs: NCCL. Passes of few rows on a CPU add up without coming back here, in memory of their own
+(`region.py`, `runtime/layers/cpu_team.h`).
 """
 
 from __future__ import annotations

@@ -309,7 +309,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool,
         Meta(
             description="On a CPU host, sum over ranks by Gloo, which sleeps while it waits, instead "
-            "of DeepSpeed's shared memory, which spins: kinder where cores are shared."
+            "of shared memory, where a rank spins first: kinder where cores are shared."
         ),
     ] = False
     ray_address: Annotated[
