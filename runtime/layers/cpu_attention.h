@@ -32,18 +32,13 @@ struct Pass {
 
 namespace {
 
-constexpr int TILE = 8;  // queries that share one walk over the keys
+constexpr int TILE = 8;       // queries that share one walk over the keys
+constexpr int STRETCH = 8;    // tiles of keys that share one look for the best score
 constexpr float MASKED = -INFINITY;
 
 struct Span {  // visible positions [from, to)
     int from, to;
 };
-
-float largest(Vec v) {
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
-}
 
 // What a query has seen so far of one unit: sums of weights and of weighted values, relative to its best score.
 struct Seen {
@@ -52,70 +47,118 @@ struct Seen {
     float values[256];
 };
 
-// Sixteen keys of one unit to Q queries: scores, then, relative to the best score yet, weights and values (the online
-// softmax of FlashAttention, arXiv 2205.14135). `count` of the keys from `first` on exist; slots outside may hold
-// anything, even no numbers.
+// Up to STRETCH tiles of keys that lie one after another in a text.
+struct Stretch {
+    int num_tiles;
+    int64_t at[STRETCH];                 // of unit 0, in the layer's blocks
+    int first[STRETCH], count[STRETCH];  // which keys of a tile exist; other slots may hold anything, even no numbers
+    const Ints *shown[STRETCH];          // by query, which keys it sees; null: all do all
+    Ints masks[STRETCH][TILE];
+};
+
+// Sixteen keys of one unit [D][16] times Q queries: their scores. Meanwhile `ahead` is fetched, if given: as many bytes as
+// the keys and their values have.
 template <int Q, typename Kv>
-void take(const float *const *queries, int D, const Kv *keys, const Ints *shown, int first, int count, Seen *seen) {
-    const Kv *values = keys + LANES * D;
+void score(const float *const *queries, int D, const Kv *keys, const char *ahead, Vec (&scores)[Q]) {
     constexpr int WAYS = Q <= 2 ? 4 : Q <= 4 ? 2 : 1;  // few queries: more sums at once, or additions wait for one another
+    constexpr int LINES = sizeof(Kv) / 2;  // per d
     Vec sums[WAYS][Q] = {};
-    int d = 0;
-    for (; d + WAYS <= D; d += WAYS)
-        for (int w = 0; w < WAYS; w++) {
-            const Vec key = load(keys + (d + w) * LANES);
-            for (int q = 0; q < Q; q++) sums[w][q] += queries[q][d + w] * key;
+    const auto walk = [&](auto fetch) {
+        int d = 0;
+        for (; d + WAYS <= D; d += WAYS)
+            for (int w = 0; w < WAYS; w++) {
+                for (int line = 0; line < LINES && fetch(); line++, ahead += 64) __builtin_prefetch(ahead);
+                const Vec key = load(keys + (d + w) * LANES);
+                for (int q = 0; q < Q; q++) sums[w][q] += queries[q][d + w] * key;
+            }
+        for (; d < D; d++) {
+            const Vec key = load(keys + d * LANES);
+            for (int q = 0; q < Q; q++) sums[0][q] += queries[q][d] * key;
         }
-    for (; d < D; d++) {
-        const Vec key = load(keys + d * LANES);
-        for (int q = 0; q < Q; q++) sums[0][q] += queries[q][d] * key;
-    }
-    float weights[Q][LANES];
+    };
+    if (ahead)
+        walk(std::true_type{});
+    else
+        walk(std::false_type{});
     for (int q = 0; q < Q; q++) {
-        Vec score = sums[0][q];
-        for (int w = 1; w < WAYS; w++) score += sums[w][q];
-        if (shown) score = shown[q] ? score : splat(MASKED);
-        const float top = largest(score);
+        scores[q] = sums[0][q];
+        for (int w = 1; w < WAYS; w++) scores[q] += sums[w][q];
+    }
+}
+
+// N vectors of the values' width, of all tiles of a stretch, times the weights of Q queries, added to what these have
+// seen.
+template <int Q, int N, typename Kv>
+void mix(const Kv *unit, int D, int d, const Stretch &stretch, const float (*weights)[STRETCH * LANES], Seen *seen) {
+    constexpr int WAYS = Q * N <= 2 ? 4 : Q * N <= 4 ? 2 : 1;
+    Vec sums[WAYS][Q][N] = {};
+    for (int q = 0; q < Q; q++)
+        for (int n = 0; n < N; n++) sums[0][q][n] = load(seen[q].values + d + n * LANES);
+    for (int i = 0; i < stretch.num_tiles; i++) {
+        const Kv *values = unit + stretch.at[i] + LANES * D + d;
+        const auto add = [&](int j, int w) {
+            Vec value[N];
+            for (int n = 0; n < N; n++) value[n] = load(values + j * D + n * LANES);
+            for (int q = 0; q < Q; q++)
+                for (int n = 0; n < N; n++) sums[w][q][n] += weights[q][i * LANES + j] * value[n];
+        };
+        if (stretch.count[i] == LANES) {
+            for (int j = 0; j < LANES; j += WAYS)
+                for (int w = 0; w < WAYS; w++) add(j + w, w);
+        } else {
+            for (int j = 0; j < stretch.count[i]; j++) add(stretch.first[i] + j, 0);
+        }
+    }
+    for (int q = 0; q < Q; q++)
+        for (int n = 0; n < N; n++) {
+            for (int w = 1; w < WAYS; w++) sums[0][q][n] += sums[w][q][n];
+            store(seen[q].values + d + n * LANES, sums[0][q][n]);
+        }
+}
+
+// A stretch of one unit's keys to Q queries: scores, then, relative to the best score yet, weights and values (the
+// online softmax of FlashAttention, arXiv 2205.14135). `ahead` are the tiles that come next, if they are not at hand. A
+// function of its own: drawn into its caller, it would lack registers.
+template <int Q, typename Kv>
+__attribute__((noinline)) void take(const float *const *queries, int D, const Kv *unit, const Stretch &stretch, const Kv *ahead_unit,
+          const Stretch *ahead, Seen *seen) {
+    float weights[Q][STRETCH * LANES];
+    Vec tops[Q];
+    for (int q = 0; q < Q; q++) tops[q] = splat(MASKED);
+    for (int i = 0; i < stretch.num_tiles; i++) {
+        Vec scores[Q];
+        const bool fetch = ahead && i < ahead->num_tiles;
+        score(queries, D, unit + stretch.at[i], fetch ? (const char *)(ahead_unit + ahead->at[i]) : nullptr, scores);
+        for (int q = 0; q < Q; q++) {
+            if (stretch.shown[i]) scores[q] = stretch.shown[i][q] ? scores[q] : splat(MASKED);
+            tops[q] = scores[q] > tops[q] ? scores[q] : tops[q];
+            store(weights[q] + i * LANES, scores[q]);
+        }
+    }
+    for (int q = 0; q < Q; q++) {
+        const float top = largest(tops[q]);
         if (top > seen[q].best) {
             const float factor = seen[q].best == MASKED ? 0.0f : std::exp(seen[q].best - top);
             seen[q].weight *= factor;
             for (int e = 0; e < D; e++) seen[q].values[e] *= factor;
             seen[q].best = top;
         }
-        Vec weight = Vec{};
-        if (top != MASKED) {
-            weight = exponential(score - seen[q].best);
-            if (shown) weight = shown[q] ? weight : Vec{};
-        }
-        seen[q].weight += weight;
-        store(weights[q], weight);
-    }
-    values += first * D;
-    constexpr int PAIRS = Q <= 2 ? 2 : 1;
-    for (d = 0; d + 2 * LANES <= D; d += 2 * LANES) {
-        Vec a[PAIRS][Q] = {}, b[PAIRS][Q] = {};
-        int j = 0;
-        for (; j + PAIRS <= count; j += PAIRS)
-            for (int w = 0; w < PAIRS; w++) {
-                const Vec va = load(values + (j + w) * D + d), vb = load(values + (j + w) * D + d + LANES);
-                for (int q = 0; q < Q; q++) {
-                    const float weight = weights[q][first + j + w];
-                    a[w][q] += weight * va, b[w][q] += weight * vb;
-                }
-            }
-        for (; j < count; j++) {
-            const Vec va = load(values + j * D + d), vb = load(values + j * D + d + LANES);
-            for (int q = 0; q < Q; q++) a[0][q] += weights[q][first + j] * va, b[0][q] += weights[q][first + j] * vb;
-        }
-        for (int q = 0; q < Q; q++) {
-            for (int w = 1; w < PAIRS; w++) a[0][q] += a[w][q], b[0][q] += b[w][q];
-            float *sum = seen[q].values + d;
-            store(sum, load(sum) + a[0][q]), store(sum + LANES, load(sum + LANES) + b[0][q]);
+        for (int i = 0; i < stretch.num_tiles; i++) {
+            const Vec given = load(weights[q] + i * LANES);
+            Vec weight = exponential(given - seen[q].best);
+            if (stretch.shown[i]) weight = given > MASKED ? weight : Vec{};
+            seen[q].weight += weight;
+            store(weights[q] + i * LANES, weight);
         }
     }
+    int d = 0;
+    for (; d + 2 * LANES <= D; d += 2 * LANES) mix<Q, 2>(unit, D, d, stretch, weights, seen);
+    for (; d + LANES <= D; d += LANES) mix<Q, 1>(unit, D, d, stretch, weights, seen);
     for (; d < D; d++)
         for (int q = 0; q < Q; q++)
-            for (int j = 0; j < count; j++) seen[q].values[d] += weights[q][first + j] * widen(values[j * D + d]);
+            for (int i = 0; i < stretch.num_tiles; i++)
+                for (int j = stretch.first[i]; j < stretch.first[i] + stretch.count[i]; j++)
+                    seen[q].values[d] += weights[q][i * LANES + j] * widen(unit[stretch.at[i] + (LANES + j) * D + d]);
 }
 
 // Where KV lies, in elements.
@@ -143,94 +186,114 @@ struct Tree {
     }
 };
 
-// Q queries of one segment against all keys they see, of all units. Keys outermost, so that memory is read in its own
-// order.
-template <typename Kv>
-void attend_tile(const Pass &pass, int b, const Kv *blocks, const Strides &strides, int U,
-                 const float *queries, const float *at_sinks, int64_t query_stride, const int *position, int Q,
-                 int window, const Tree *tree, Seen *seen) {
-    const int D = pass.head_dim, P = pass.block_size;
-    const int32_t *table = pass.tables[b];
-    int first = position[0], last = position[0];
-    for (int q = 1; q < Q; q++) {
-        first = position[q] < first ? position[q] : first;
-        last = position[q] > last ? position[q] : last;
-    }
-    const int sinks = pass.sinks[b];
-    Span spans[2];
-    int num_spans = 0;
-    int low = window > 0 && first - window + 1 > 0 ? first - window + 1 : 0;
-    // once a window has left the sinks, they are met with queries turned as if it followed right upon them
-    const bool split = sinks > 0 && window > 0 && last - window + 1 > sinks;
-    if (split) {
-        spans[num_spans++] = {0, sinks};
-        low = low > sinks ? low : sinks;
-    } else if (sinks > 0) {
-        low = 0;
-    }
-    spans[num_spans++] = {low, last + 1};
-    int shared = first;  // slots up to here are of no tree, and after no query
-    if (tree) {
-        spans[num_spans - 1].to = tree->end();
-        shared = shared < tree->start ? shared : tree->start - 1;
+// Some queries of one segment, and the keys they see, stretch by stretch.
+struct Queries {
+    const Pass *pass;
+    const Strides *strides;
+    int b, from, num = 0;  // those [from, from + num) of the segment's rows times G
+    int window;
+    int position[TILE];
+    Tree tree;
+    bool branches;
+
+    Queries() = default;
+    Queries(const Pass &pass, const Strides &strides, int b, int from, int G, int layer_window)
+        : pass(&pass), strides(&strides), b(b), from(from), window(pass.windows[b]) {
+        const int start = pass.row_starts[b], count = pass.row_starts[b + 1] - start;
+        num = count * G - from < TILE ? count * G - from : TILE;
+        if (layer_window > 0 && (window == 0 || layer_window < window)) window = layer_window;
+        for (int q = 0; q < num; q++) position[q] = pass.ends[b] - (count - (from + q) / G);
+        branches = pass.masks && find_branches(start + from / G, from % G, G);
+        find_spans();
     }
 
-    for (int i = 0; i < U * Q; i++) {
-        seen[i].best = MASKED;
-        seen[i].weight = Vec{};
-        std::memset(seen[i].values, 0, sizeof(float) * D);
-    }
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int s = 0; s < num_spans; s++) {
-        const bool sink_part = split && s == 0;
-        const float *heads = sink_part && at_sinks ? at_sinks : queries;
-        for (int j = spans[s].from / LANES * LANES; j < spans[s].to; j += LANES) {
-            const int begin = j < spans[s].from ? spans[s].from - j : 0;
-            const int count = (j + LANES <= spans[s].to ? LANES : spans[s].to - j) - begin;
-            const bool whole = count == LANES && j + LANES - 1 <= shared &&
-                               (window == 0 || sink_part || j >= last - window + 1);
-            Ints shown[TILE];
-            for (int q = 0; q < Q && !whole; q++) {
-                const Ints at = lane + j;
-                const bool node = tree && tree->masks[q];
-                shown[q] = (at >= spans[s].from) & (at < spans[s].to) & (at <= (node ? tree->start - 1 : position[q]));
-                if (window > 0) shown[q] &= (at > position[q] - window) | (at < sinks);
-                if (node && !sink_part) shown[q] |= tree->shown(q, j, lane);
-            }
-            const Kv *tile = blocks + table[j / P] * strides.block + j % P / LANES * strides.tile;
-            for (int u = 0; u < U; u++, tile += strides.unit) {
-                const float *rows[TILE];
-                for (int q = 0; q < Q; q++) rows[q] = heads + u * query_stride + q * D;
-                by_count(Q, [&](auto n) {
-                    take<n.value>(rows, D, tile, whole ? nullptr : shown, begin, count, seen + u * Q);
-                });
+    // The next stretch; false where there is none left.
+    bool fill(Stretch &stretch) {
+        const int P = pass->block_size, sinks = pass->sinks[b];
+        const int32_t *table = pass->tables[b];
+        const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        while (span < num_spans && at >= spans[span].to) start_span(span + 1);
+        if (span == num_spans) return false;
+        const Span all = spans[span];
+        int i = 0;
+        for (; i < STRETCH && at < all.to; i++, at += LANES) {
+            const int first = at < all.from ? all.from - at : 0;
+            const int count = (at + LANES <= all.to ? LANES : all.to - at) - first;
+            stretch.at[i] = table[at / P] * strides->block + at % P / LANES * strides->tile;
+            stretch.first[i] = first, stretch.count[i] = count;
+            const bool whole = count == LANES && at + LANES - 1 <= shared &&
+                               (window == 0 || of_sinks() || at >= last - window + 1);
+            stretch.shown[i] = whole ? nullptr : stretch.masks[i];
+            for (int q = 0; q < num && !whole; q++) {
+                const Ints where = lane + at;
+                const bool node = branches && tree.masks[q];
+                Ints &shown = stretch.masks[i][q];
+                shown = (where >= all.from) & (where < all.to) & (where <= (node ? tree.start - 1 : position[q]));
+                if (window > 0) shown &= (where > position[q] - window) | (where < sinks);
+                if (node && !of_sinks()) shown |= tree.shown(q, at, lane);
             }
         }
+        stretch.num_tiles = i;
+        return true;
     }
-    for (int i = 0; i < U * Q; i++) {
-        float total = 0;
-        for (int lane_i = 0; lane_i < LANES; lane_i++) total += seen[i].weight[lane_i];
-        const float inverse = 1.0f / total;
-        for (int d = 0; d < D; d++) seen[i].values[d] *= inverse;
-    }
-}
 
-// The part of a tile's queries that is of a tree, and where in the text these stand; whether there is any.
-bool branch(const Pass &pass, int b, int row, int g, int G, int Q, int window, int *position, Tree *tree) {
-    tree->start = pass.tree_starts[b];
-    bool any = false;
-    for (int q = 0; q < TILE; q++) {
-        uint64_t mask = q < Q ? pass.masks[row + (g + q) / G] : 0;
-        tree->masks[q] = mask;
-        if (!mask) continue;
-        any = true;
-        const int depth = __builtin_popcountll(mask);
-        position[q] = tree->start - 1 + depth;
-        // a window hides the ancestors farthest away: the lowest bits
-        for (int hidden = window > 0 ? depth - window : 0; hidden > 0; hidden--) tree->masks[q] &= tree->masks[q] - 1;
+    // Whether the stretch filled last is of sinks that a window has left: they are met with queries turned as if it
+    // followed right upon them.
+    bool of_sinks() const { return split && span == 0; }
+
+  private:
+    Span spans[2];
+    int num_spans = 0, span = 0, at = 0;
+    int last, shared;  // slots up to `shared` are of no tree, and after no query
+    bool split;
+
+    void find_spans() {
+        int first = position[0];
+        last = position[0];
+        for (int q = 1; q < num; q++) {
+            first = position[q] < first ? position[q] : first;
+            last = position[q] > last ? position[q] : last;
+        }
+        const int sinks = pass->sinks[b];
+        int low = window > 0 && first - window + 1 > 0 ? first - window + 1 : 0;
+        split = sinks > 0 && window > 0 && last - window + 1 > sinks;
+        if (split) {
+            spans[num_spans++] = {0, sinks};
+            low = low > sinks ? low : sinks;
+        } else if (sinks > 0) {
+            low = 0;
+        }
+        spans[num_spans++] = {low, last + 1};
+        shared = first;
+        if (branches) {
+            spans[num_spans - 1].to = tree.end();
+            shared = shared < tree.start ? shared : tree.start - 1;
+        }
+        start_span(0);
     }
-    return any;
-}
+
+    void start_span(int which) {
+        span = which;
+        if (span < num_spans) at = spans[span].from / LANES * LANES;
+    }
+
+    // Those that are nodes of a tree, and where in the text they stand; whether there is any.
+    bool find_branches(int row, int g, int G) {
+        tree.start = pass->tree_starts[b];
+        bool any = false;
+        for (int q = 0; q < TILE; q++) {
+            uint64_t mask = q < num ? pass->masks[row + (g + q) / G] : 0;
+            tree.masks[q] = mask;
+            if (!mask) continue;
+            any = true;
+            const int depth = __builtin_popcountll(mask);
+            position[q] = tree.start - 1 + depth;
+            // a window hides the ancestors farthest away: the lowest bits
+            for (int hidden = window > 0 ? depth - window : 0; hidden > 0; hidden--) tree.masks[q] &= tree.masks[q] - 1;
+        }
+        return any;
+    }
+};
 
 template <typename In, typename Out>
 void copy(const In *from, int count, Out *to) {
@@ -260,7 +323,7 @@ struct Units {
     int from, to, all;
 };
 
-// qkv [T, all units, G + 2, D] -> blocks of U of these units, context [T, all units, G, D]
+// qkv [T, all units, G + 2, D] -> blocks, from the first of these units on; context [T, all units, G, D]
 template <typename In, typename Kv, typename Out>
 void attend(const Pass &pass, const In *qkv, Kv *blocks, const Strides &strides, const Units &units, int G,
             int layer_window, float scale, Out *context) {
@@ -270,7 +333,6 @@ void attend(const Pass &pass, const In *qkv, Kv *blocks, const Strides &strides,
     const bool sinks = pass.sink_cos != nullptr;
     qkv += size_t(units.from) * (G + 2) * D;
     context += size_t(units.from) * G * D;
-    blocks += units.from * strides.unit;
     rotated.resize(size_t(T) * U * G * D);
     if (sinks) rotated_sinks.resize(rotated.size());
     float key[256];
@@ -296,27 +358,58 @@ void attend(const Pass &pass, const In *qkv, Kv *blocks, const Strides &strides,
                 copy(from, D, value);
             }
         }
+    const auto from_there = [&](int b, int from) {  // the queries at this place, or the first after it
+        for (; b < pass.num_segments; b++, from = 0)
+            if (from < (pass.row_starts[b + 1] - pass.row_starts[b]) * G)
+                return Queries(pass, strides, b, from, G, layer_window);
+        return Queries();
+    };
     seen.resize(size_t(U) * TILE);
-    for (int b = 0; b < pass.num_segments; b++) {
-        const int start = pass.row_starts[b], count = pass.row_starts[b + 1] - start;
-        int window = pass.windows[b];
-        if (layer_window > 0 && (window == 0 || layer_window < window)) window = layer_window;
-        for (int from = 0; from < count * G; from += TILE) {
-            const int Q = count * G - from < TILE ? count * G - from : TILE;
-            int position[TILE];
-            for (int q = 0; q < Q; q++) position[q] = pass.ends[b] - (count - (from + q) / G);
-            Tree tree;
-            const bool branches = pass.masks && branch(pass, b, start + from / G, from % G, G, Q, window, position, &tree);
-            const size_t at = (size_t(start) * G + from) * D;
-            attend_tile(pass, b, blocks, strides, U, rotated.data() + at,
-                        sinks ? rotated_sinks.data() + at : nullptr, int64_t(T) * G * D, position, Q, window,
-                        branches ? &tree : nullptr, seen.data());
-            for (int u = 0; u < U; u++)
-                for (int q = 0; q < Q; q++) {
-                    const int row = start + (from + q) / G, g = (from + q) % G;
-                    copy(seen[u * Q + q].values, D, context + ((size_t(row) * units.all + u) * G + g) * D);
-                }
+    Stretch stretches[2];
+    Stretch *now = stretches, *next = stretches + 1;
+    Queries queries = from_there(0, 0), others;
+    bool more = queries.num > 0 && queries.fill(*now);
+    while (more) {
+        const int start = pass.row_starts[queries.b], Q = queries.num;
+        const size_t first = (size_t(start) * G + queries.from) * D;
+        for (int i = 0; i < U * Q; i++) {
+            seen[i].best = MASKED;
+            seen[i].weight = Vec{};
+            std::memset(seen[i].values, 0, sizeof(float) * D);
         }
+        bool same = true;
+        while (same) {
+            const float *heads = (queries.of_sinks() && sinks ? rotated_sinks : rotated).data() + first;
+            // keys outermost, so that memory is read in its own order
+            same = queries.fill(*next);
+            if (!same) {
+                others = from_there(queries.b, queries.from + TILE);
+                more = others.num > 0 && others.fill(*next);
+            }
+            const bool fetch = same ? queries.from == 0 : more && others.from == 0;
+            for (int u = 0; u < U; u++) {
+                const float *rows[TILE];
+                for (int q = 0; q < Q; q++) rows[q] = heads + (size_t(u) * T * G + q) * D;
+                const bool last = u + 1 == U;
+                const Kv *unit = blocks + u * strides.unit;
+                const Stretch *ahead = last ? (fetch ? next : nullptr) : queries.from == 0 ? now : nullptr;
+                by_count(Q, [&](auto n) {
+                    take<n.value>(rows, D, unit, *now, last ? blocks : unit + strides.unit, ahead, seen.data() + u * Q);
+                });
+            }
+            std::swap(now, next);
+        }
+        for (int u = 0; u < U; u++)
+            for (int q = 0; q < Q; q++) {
+                const Seen &all = seen[u * Q + q];
+                const float inverse = 1.0f / total(all.weight);
+                const int row = start + (queries.from + q) / G, g = (queries.from + q) % G;
+                Out *to = context + ((size_t(row) * units.all + u) * G + g) * D;
+                int d = 0;
+                for (; d + LANES <= D; d += LANES) store(to + d, load(all.values + d) * inverse);
+                for (; d < D; d++) narrow(all.values[d] * inverse, to + d);
+            }
+        queries = others;
     }
 }
 

@@ -71,7 +71,7 @@ struct Ended {
     // logits [T, V] of this rank, from h [T, E], to which delta is added unless it is null
     void head(float *h, const float *delta, float *logits) const {
         run.norm(h, delta, ends.final_norm);
-        run.multiply(run.room.x.data(), run.E, ends.head, logits, ends.head.outputs, false);
+        run.multiply(run.room.x.data(), run.E, ends.head, logits, ends.head.outputs, false, nullptr);
         run.me.meet();
     }
 
@@ -197,7 +197,7 @@ void draft_on(Team &team, const Stack &stack, const Ends &ends, const Chain &cha
         together<W, Kv>(team, stack, pass, [&](const auto &run) {
             const Ended<W, Kv> ended{run, ends};
             run.embed(ends, fed, room.h.data());
-            run.whole(Form(chain.form), room.h.data(), room.delta.data(), room.A.data());
+            run.whole(Form(chain.form), room.h.data(), room.delta.data(), room.A.data(), &ends.head);
             ended.head(room.h.data(), room.delta.data(), room.logits.data());
             ended.draw(room.logits.data(), draws, room.found.data(), chain.token_ids + int64_t(depth + 1) * B);
         });

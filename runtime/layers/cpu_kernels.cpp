@@ -51,7 +51,7 @@ void swiglu_bf16(const Bf16 *gate_up, int rows, int F, Bf16 *out) { swiglu(gate_
                      const int64_t *token_ids, float *h, float *delta, float *A) {                                     \
         together<W, Kv>(*team, *stack, *pass, [&](const auto &run) {                                                   \
             run.embed(*ends, token_ids, h);                                                                            \
-            run.whole(Form(form), h, delta, A);                                                                        \
+            run.whole(Form(form), h, delta, A, &ends->head);                                                           \
         });                                                                                                            \
     }                                                                                                                  \
     void attention_##name(Team *team, const Stack *stack, int group, const Pass *pass, float *h, const float *delta,   \
@@ -84,7 +84,7 @@ PASS(bf16_f32, Bf16, float)
 #define PRODUCT(name, W)                                                                                               \
     void product_##name(Team *team, const Matrix *matrix, const W *x, int T, float *y) {                               \
         team->run([&](int index) {                                                                                     \
-            const auto part = Member{*team, index}.part((matrix->outputs + LANES - 1) / LANES);                        \
+            const auto part = Member{*team, index}.part(num_tiles(*matrix));                                           \
             product(x, matrix->inputs, T, *matrix, y, matrix->outputs, false, part.from, part.to);                     \
         });                                                                                                            \
     }

@@ -58,6 +58,9 @@ struct Ends {
 
 namespace {
 
+constexpr int MANY_ROWS = 48;  // from these on, threads share rows of the feed-forward block, not its units
+constexpr int ROW_BLOCK = 48;  // whose units stay in a core's cache
+
 // Where a pass keeps what is on its way; as large as the largest so far, of whoever began it.
 template <typename W>
 struct Room {
@@ -91,54 +94,82 @@ struct Run {
     const Member me;
     const int T = pass.num_rows, E = stack.width;
 
-    void multiply(const W *x, int64_t x_stride, const Matrix &matrix, float *y, int64_t y_stride, bool add) const {
-        const auto part = me.part((matrix.outputs + LANES - 1) / LANES);
-        product(x, x_stride, T, matrix, y, y_stride, add, part.from, part.to);
+    auto part_of(const Matrix &matrix) const { return me.part(num_tiles(matrix)); }
+
+    // `then`: the matrix after this one, if known.
+    void multiply(const W *x, int64_t x_stride, const Matrix &matrix, float *y, int64_t y_stride, bool add,
+                  const Matrix *then) const {
+        const auto part = part_of(matrix);
+        product(x, x_stride, T, matrix, y, y_stride, add, part.from, part.to,
+                then ? tile_at<W>(*then, part_of(*then).from) : nullptr);
     }
 
     // A [L or 1, T, E]: attention of layers [from, to) of a group over x [T, E], each alone or, if `summed`, all in one.
     void attention(const Group &group, int from, int to, bool summed, float *A) const {
+        const Layer *layers = group.layers;
         const int D = pass.head_dim, G = group.queries;
         int first = 0, U = 0;  // a rank may hold no unit of a layer
         for (int l = from; l < to; l++) {
-            if (U == 0) first = group.layers[l].first_unit;
-            U += group.layers[l].num_units;
+            if (U == 0) first = layers[l].first_unit;
+            U += layers[l].num_units;
         }
         const int64_t heads = int64_t(U) * (G + 2) * D, mixed = int64_t(U) * G * D;
         float *qkv = room.qkv.data();
         W *context = room.context.data();
         // where a layer's heads begin among those of all: queries, key, value in qkv; queries in context
         const auto place = [&](int l) {
-            return int64_t(group.layers[l].num_units ? group.layers[l].first_unit - first : 0);
+            return int64_t(layers[l].num_units ? layers[l].first_unit - first : 0);
         };
-        for (int l = from; l < to; l++)
-            multiply(room.x.data(), E, group.layers[l].qkv, qkv + place(l) * (G + 2) * D, heads, false);
-        me.meet();
         const auto units = me.part(U);
+        Kv *blocks = (Kv *)group.blocks + (first + units.from) * group.unit_stride;
+        const Strides strides{group.block_stride, group.tile_stride, group.unit_stride};
+        for (int l = from; l < to; l++)
+            multiply(room.x.data(), E, layers[l].qkv, qkv + place(l) * (G + 2) * D, heads, false,
+                     l + 1 < to ? &layers[l + 1].qkv : &layers[from].out);
+        me.meet();
         if (units.from < units.to)
-            attend(pass, qkv, (Kv *)group.blocks + first * group.unit_stride,
-                   {group.block_stride, group.tile_stride, group.unit_stride}, {units.from, units.to, U}, G,
-                   group.window, stack.scale, context);
+            attend(pass, qkv, blocks, strides, {units.from, units.to, U}, G, group.window, stack.scale, context);
         me.meet();
         for (int l = from; l < to; l++) {
             float *into = A + (summed ? 0 : int64_t(l - from) * T * E);
-            multiply(context + place(l) * G * D, mixed, group.layers[l].out, into, E, summed && l > from);
+            multiply(context + place(l) * G * D, mixed, layers[l].out, into, E, summed && l > from,
+                     l + 1 < to ? &layers[l + 1].out : &layers[from].gate_up);
         }
         me.meet();
     }
 
     // delta [T, E] is set, or added to
-    void mlp(const Layer &layer, bool add, float *delta) const {
+    void mlp(const Layer &layer, bool add, float *delta, const Matrix *then = nullptr) const {
+        if (T >= MANY_ROWS) return mlp_by_rows(layer, add, delta, then);
         const int F = layer.down.inputs;
         float *gate_up = room.gate_up.data();
         W *active = room.active.data();
-        multiply(room.x.data(), E, layer.gate_up, gate_up, 2 * F, false);
+        multiply(room.x.data(), E, layer.gate_up, gate_up, 2 * F, false, &layer.down);
         me.meet();
         const auto part = me.part(F, LANES);
         for (int t = 0; t < T; t++)
             gate(gate_up + int64_t(t) * 2 * F, F, part.from, part.to, active + int64_t(t) * F);
         me.meet();
-        multiply(active, F, layer.down, delta, E, add);
+        multiply(active, F, layer.down, delta, E, add, then);
+        me.meet();
+    }
+
+    // The same where each thread has rows enough of its own: what is between two products stays in its cache, and nobody
+    // waits.
+    void mlp_by_rows(const Layer &layer, bool add, float *delta, const Matrix *then) const {
+        const int F = layer.down.inputs;
+        const auto rows = me.part(T);
+        float *gate_up = room.gate_up.data() + int64_t(rows.from) * 2 * F;
+        W *active = room.active.data() + int64_t(rows.from) * F;
+        for (int t = rows.from; t < rows.to; t += ROW_BLOCK) {
+            const int count = std::min(ROW_BLOCK, rows.to - t);
+            const Matrix &next = t + ROW_BLOCK < rows.to || !then ? layer.gate_up : *then;
+            product(room.x.data() + int64_t(t) * E, E, count, layer.gate_up, gate_up, 2 * F, false, 0,
+                    num_tiles(layer.gate_up), tile_at<W>(layer.down, 0));
+            swiglu(gate_up, count, F, active);
+            product(active, F, count, layer.down, delta + int64_t(t) * E, E, add, 0, num_tiles(layer.down),
+                    tile_at<W>(next, 0));
+        }
         me.meet();
     }
 
@@ -170,25 +201,26 @@ struct Run {
         me.meet();
     }
 
-    void exact(const Group &group, int l, float *h, const float *last, float *delta, float *A) const {
+    void exact(const Group &group, int l, float *h, const float *last, float *delta, float *A, const Matrix *then) const {
         norm(h, last);
         attention(group, l, l + 1, true, A);
         sum(A, int64_t(T) * E);
         norm(h, A);
-        mlp(group.layers[l], false, delta);
+        mlp(group.layers[l], false, delta, then);
         sum(delta, int64_t(T) * E);
     }
 
-    void block(const Group &group, float *h, const float *last, float *delta, float *A) const {
+    void block(const Group &group, float *h, const float *last, float *delta, float *A, const Matrix *then) const {
         norm(h, last);
         attention(group, 0, group.num_layers, true, A);
         sum(A, int64_t(T) * E);
         norm(h, A);
-        for (int l = 0; l < group.num_layers; l++) mlp(group.layers[l], l > 0, delta);
+        for (int l = 0; l < group.num_layers; l++)
+            mlp(group.layers[l], l > 0, delta, l + 1 < group.num_layers ? &group.layers[l + 1].gate_up : then);
         sum(delta, int64_t(T) * E);
     }
 
-    void side_by_side(const Group &group, float *h, const float *last, float *delta, float *A) const {
+    void side_by_side(const Group &group, float *h, const float *last, float *delta, float *A, const Matrix *then) const {
         const int64_t size = int64_t(T) * E;
         norm(h, last);
         attention(group, 0, group.num_layers, false, A);
@@ -201,22 +233,24 @@ struct Run {
                 me.meet();
             }
             norm(h, A_l);
-            mlp(group.layers[l], false, delta);
+            mlp(group.layers[l], false, delta, l + 1 < group.num_layers ? &group.layers[l + 1].gate_up : then);
             sum(delta, size);
         }
     }
 
-    // The whole stack. h [T, E] changes; delta [T, E], to be added to it, is set; A [most layers, T, E] is room.
-    void whole(Form form, float *h, float *delta, float *A) const {
+    // The whole stack. h [T, E] changes; delta [T, E], to be added to it, is set; A [most layers, T, E] is room. `after`
+    // is the matrix that comes next.
+    void whole(Form form, float *h, float *delta, float *A, const Matrix *after) const {
         const float *last = nullptr;
-        for (const Group *group = stack.groups; group < stack.groups + stack.num_groups; group++) {
+        for (const Group *group = stack.groups; group < stack.groups + stack.num_groups; group++, last = delta) {
+            const Matrix *then = group + 1 < stack.groups + stack.num_groups ? &group[1].layers->qkv : after;
             if (form == EXACT || group->num_layers == 1)
-                for (int l = 0; l < group->num_layers; l++, last = delta) exact(*group, l, h, last, delta, A);
+                for (int l = 0; l < group->num_layers; l++, last = delta)
+                    exact(*group, l, h, last, delta, A, l + 1 < group->num_layers ? &group->layers[l + 1].qkv : then);
             else if (form == BLOCK)
-                block(*group, h, last, delta, A);
+                block(*group, h, last, delta, A, then);
             else
-                side_by_side(*group, h, last, delta, A);
-            last = delta;
+                side_by_side(*group, h, last, delta, A, then);
         }
     }
 };

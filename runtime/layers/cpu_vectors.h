@@ -48,6 +48,26 @@ void store(Bf16 *to, Vec v) {
 }
 Vec splat(float x) { return Vec{} + x; }
 
+// All lanes of a vector folded into one.
+template <typename F>
+float fold(Vec v, F &&both) {
+    typedef float Half __attribute__((vector_size(32)));
+    typedef float Quarter __attribute__((vector_size(16)));
+    Half a, b;
+    std::memcpy(&a, &v, 32), std::memcpy(&b, (const char *)&v + 32, 32);
+    const Half half = both(a, b);
+    Quarter c, d;
+    std::memcpy(&c, &half, 16), std::memcpy(&d, (const char *)&half + 16, 16);
+    const Quarter quarter = both(c, d);
+    return both(both(quarter[0], quarter[2]), both(quarter[1], quarter[3]));
+}
+inline float largest(Vec v) {
+    return fold(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+inline float total(Vec v) {
+    return fold(v, [](auto a, auto b) { return a + b; });
+}
+
 // e^x for x <= 0, to about 2 ulp: 2^n by the exponent's bits, the rest by a polynomial on [-ln2/2, ln2/2].
 Vec exponential(Vec x) {
     x = x < -87.0f ? splat(-87.0f) : x;

@@ -274,6 +274,18 @@ def test_bfloat16_stays_within_its_rounding(
     check(Case(texts=given_texts, dtypes=dtypes, head_dim=head_dim, layer_window=20), native=native)
 
 
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (5, 140), (130, 20)])
+def test_texts_of_more_keys_than_are_looked_at_together(
+    native: bool, sinks: int, window: int
+) -> None:
+    given_texts = [
+        Text([127, 1, 2, 20], sinks=sinks, window=window),
+        Text([1, 100, 45, 6], sinks=sinks, window=window),
+        Text([3, 1, 1]),
+    ]
+    check(Case(texts=given_texts, units=1, ready=300), native=native)
+
+
 @pytest.mark.parametrize("pieces", [[40], [1] * 40, [5, 5, 3, 2, 1, 1, 3, 20]], ids=str)
 @pytest.mark.parametrize(("sinks", "window"), [(1, 1), (4, 8), (17, 16), (3, 40)])
 def test_rows_on_both_sides_of_where_a_window_leaves_the_sinks_share_a_pass(

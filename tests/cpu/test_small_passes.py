@@ -113,7 +113,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize("form", ["exact", "attention", "block"])
-@pytest.mark.parametrize("num_rows", [[1], [3, 1, 4]])
+@pytest.mark.parametrize("num_rows", [[1], [3, 1, 4], [60, 2, 41]])
 @pytest.mark.parametrize("num_threads", [2, 3, 5])
 def test_threads_compute_bit_by_bit_what_one_does(
     tiny: Callable[..., Path],
@@ -160,7 +160,7 @@ def test_a_team_sleeps_without_work_wakes_for_it_and_ends_with_its_caller(
 
 
 @pytest.mark.parametrize("form", ["exact", "attention", "block"])
-@pytest.mark.parametrize("num_rows", [[1], [3, 1, 4]])
+@pytest.mark.parametrize("num_rows", [[1], [3, 1, 4], [60, 2, 41]])
 def test_a_small_pass_computes_and_stores_what_a_large_one_does(
     tiny: Callable[..., Path], form: str, num_rows: list[int]
 ) -> None:
@@ -190,7 +190,10 @@ def test_models_that_are_large_keep_their_weights_once(
     assert rows.small is None
 
 
-def test_passes_of_many_rows_are_a_library_s(tiny: Callable[..., Path]) -> None:
+def test_passes_of_many_rows_are_a_library_s_where_it_has_tiles(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     model = loaded(tiny(seed=3))
     many = cpu_pass.most_rows() + 1
     segment = Place(ScatteredBlocks(BLOCKS)).segment(start=0, num_rows=many)
