@@ -56,18 +56,16 @@ struct Stretch {
     Ints masks[STRETCH][TILE];
 };
 
-// Sixteen keys of one unit [D][16] times Q queries: their scores. Meanwhile `ahead` is fetched, if given: as many bytes as
-// the keys and their values have.
+// Sixteen keys of one unit [D][16] times Q queries: their scores. Meanwhile those at `ahead` are fetched, if given.
 template <int Q, typename Kv>
-void score(const float *const *queries, int D, const Kv *keys, const char *ahead, Vec (&scores)[Q]) {
+void score(const float *const *queries, int D, const Kv *keys, const Kv *ahead, Vec (&scores)[Q]) {
     constexpr int WAYS = Q <= 2 ? 4 : Q <= 4 ? 2 : 1;  // few queries: more sums at once, or additions wait for one another
-    constexpr int LINES = sizeof(Kv) / 2;  // per d
     Vec sums[WAYS][Q] = {};
     const auto walk = [&](auto fetch) {
         int d = 0;
         for (; d + WAYS <= D; d += WAYS)
             for (int w = 0; w < WAYS; w++) {
-                for (int line = 0; line < LINES && fetch(); line++, ahead += 64) __builtin_prefetch(ahead);
+                if (fetch()) __builtin_prefetch(ahead + (d + w) * LANES);
                 const Vec key = load(keys + (d + w) * LANES);
                 for (int q = 0; q < Q; q++) sums[w][q] += queries[q][d + w] * key;
             }
@@ -87,16 +85,21 @@ void score(const float *const *queries, int D, const Kv *keys, const char *ahead
 }
 
 // N vectors of the values' width, of all tiles of a stretch, times the weights of Q queries, added to what these have
-// seen.
+// seen. Meanwhile the same of `ahead` is fetched.
 template <int Q, int N, typename Kv>
-void mix(const Kv *unit, int D, int d, const Stretch &stretch, const float (*weights)[STRETCH * LANES], Seen *seen) {
+void mix(const Kv *unit, int D, int d, const Stretch &stretch, const float (*weights)[STRETCH * LANES],
+         const Kv *ahead_unit, const Stretch *ahead, Seen *seen) {
     constexpr int WAYS = Q * N <= 2 ? 4 : Q * N <= 4 ? 2 : 1;
     Vec sums[WAYS][Q][N] = {};
     for (int q = 0; q < Q; q++)
         for (int n = 0; n < N; n++) sums[0][q][n] = load(seen[q].values + d + n * LANES);
     for (int i = 0; i < stretch.num_tiles; i++) {
-        const Kv *values = unit + stretch.at[i] + LANES * D + d;
+        const int64_t offset = LANES * D + d;
+        const Kv *values = unit + stretch.at[i] + offset;
+        const Kv *later = ahead && i < ahead->num_tiles ? ahead_unit + ahead->at[i] + offset : values;
         const auto add = [&](int j, int w) {
+            for (size_t at = 0; at < N * LANES * sizeof(Kv); at += 64)
+                __builtin_prefetch((const char *)(later + j * D) + at);
             Vec value[N];
             for (int n = 0; n < N; n++) value[n] = load(values + j * D + n * LANES);
             for (int q = 0; q < Q; q++)
@@ -127,8 +130,8 @@ __attribute__((noinline)) void take(const float *const *queries, int D, const Kv
     for (int q = 0; q < Q; q++) tops[q] = splat(MASKED);
     for (int i = 0; i < stretch.num_tiles; i++) {
         Vec scores[Q];
-        const bool fetch = ahead && i < ahead->num_tiles;
-        score(queries, D, unit + stretch.at[i], fetch ? (const char *)(ahead_unit + ahead->at[i]) : nullptr, scores);
+        const Kv *later = ahead && i < ahead->num_tiles ? ahead_unit + ahead->at[i] : nullptr;
+        score(queries, D, unit + stretch.at[i], later, scores);
         for (int q = 0; q < Q; q++) {
             if (stretch.shown[i]) scores[q] = stretch.shown[i][q] ? scores[q] : splat(MASKED);
             tops[q] = scores[q] > tops[q] ? scores[q] : tops[q];
@@ -152,8 +155,8 @@ __attribute__((noinline)) void take(const float *const *queries, int D, const Kv
         }
     }
     int d = 0;
-    for (; d + 2 * LANES <= D; d += 2 * LANES) mix<Q, 2>(unit, D, d, stretch, weights, seen);
-    for (; d + LANES <= D; d += LANES) mix<Q, 1>(unit, D, d, stretch, weights, seen);
+    for (; d + 2 * LANES <= D; d += 2 * LANES) mix<Q, 2>(unit, D, d, stretch, weights, ahead_unit, ahead, seen);
+    for (; d + LANES <= D; d += LANES) mix<Q, 1>(unit, D, d, stretch, weights, ahead_unit, ahead, seen);
     for (; d < D; d++)
         for (int q = 0; q < Q; q++)
             for (int i = 0; i < stretch.num_tiles; i++)
