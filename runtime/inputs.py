@@ -79,7 +79,7 @@ class Rows:
     native: Pass | None = None
     """The same for the compiled kernel, where that runs."""
     small: SmallPasses | None = None
-    """What computes all layers in one call, for passes of few rows."""
+    """What computes all layers in one call, for small models."""
     written: Callable[[int], None] | None = None
     """Told of each layer, by its number in the model, once its keys and values are in the pool."""
     _alive: list[object] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """The threads of a rank on a CPU.
 
-Passes of few rows have a team of their own (`layers/cpu_team.h`), which spins while it waits. So do
+Passes of small models have a team of their own (`layers/cpu_team.h`), which spins while it waits. So do
 torch's threads, for a millisecond after every operation that they shared, and the two would take the
 cores from each other. Hence torch computes alone in a step, but for what a library does with many rows.
 """
@@ -20,7 +20,7 @@ _own = threading.local()
 
 
 def team_size() -> int:
-    """How many threads, the caller's included, compute a pass of few rows."""
+    """How many threads, the caller's included, compute a pass of a small model."""
     return min(MOST_MEMBERS, getattr(_own, "size", 0) or torch.get_num_threads())
 
 

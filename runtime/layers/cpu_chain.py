@@ -1,4 +1,4 @@
-"""From token to token on a CPU, for few rows: the model's ends around its layers in one call, and drafts
+"""From token to token of a small model on a CPU: its ends around its layers in one call, and drafts
 that follow one another in one: `cpu_chain.h`.
 
 Between two drafts of a small model, Python takes longer than the model does. What is drawn here is the
@@ -68,7 +68,7 @@ BEST = Drawn(seed=0, temperature=0.0, position=0)
 
 
 class SmallChains:
-    """Tokens from a model whose passes of few rows are one call."""
+    """Tokens from a model whose passes are one call."""
 
     def __init__(self, passes: SmallPasses, pool: KvPool, rope: RopeTable) -> None:
         kernels = load_kernels()

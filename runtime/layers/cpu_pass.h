@@ -1,5 +1,5 @@
-// A pass of a few rows through a model's layers in one call: between products as small as these, a library's own call,
-// and Python's around it, take longer than the product.
+// A pass through all layers of a small model in one call: between products as small as these, a library's own call, and
+// Python's around it, take longer than the product.
 //
 // Letters: T rows, E width, U attention units of a group here, G query heads per unit, D head width, F feed-forward
 // units of a layer here, L layers of a group.

@@ -1,9 +1,9 @@
-"""Passes of a few rows on a CPU, a whole stack of layers in one call: `cpu_pass.h`.
+"""Passes through a small model on a CPU, a whole stack of layers in one call: `cpu_pass.h`.
 
 A product of a row with a small matrix takes a few microseconds, and calling a library for it as long
 again. So models whose layers are small keep a second copy of their weights in the order in which that
 call reads them, and everything from the embedding to the final norm runs in it. Larger models gain
-nothing by it, and passes of many rows are a library's business.
+nothing by it, and where the processor has matrix tiles passes of many rows are a library's business.
 
 Letters: T rows, E width, L layers of a group, O outputs, I inputs.
 """

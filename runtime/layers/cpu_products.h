@@ -1,4 +1,4 @@
-// Products of a few rows with a weight matrix, for weights that are read faster than a library is called.
+// Products of rows with a weight matrix, for weights that are read faster than a library is called.
 //
 // Letters: R rows, I inputs, O outputs.
 //

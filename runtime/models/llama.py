@@ -107,7 +107,7 @@ class LayerGroup:
         stack: Stack,
         pack: bool = False,
     ) -> None:
-        """With `pack`, weights are kept a second time for passes of few rows."""
+        """With `pack`, weights are kept a second time for passes in one call."""
         self.index = index
         self.layers = layers
         self.shard = shard
@@ -208,7 +208,7 @@ class Decoder:
         pack: bool = False,
     ) -> None:
         """Computes logits of `vocab_size` tokens, and may be fed any of `num_ids`. With `pack` the
-        head is kept a second time for few rows."""
+        head is kept a second time likewise."""
         self.arch = arch
         self.groups = groups
         self.axis = axis
@@ -224,7 +224,7 @@ class Decoder:
         self._final_norm = final_norm  # [E]
 
     def packed_ends(self) -> PackedEnds:
-        """What is around the layers, for passes of few rows."""
+        """What is around the layers, for passes in one call."""
         assert self._small_head is not None, "expected packed weights from end to end"
         return PackedEnds(
             embedding=self._embed.table,

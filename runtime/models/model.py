@@ -56,7 +56,7 @@ class Model:
         packed = [group.packed for group in decoder.groups if group.packed is not None]
         self._small = None
         self.chains: SmallChains | None = None
-        """What drafts several tokens in one call, where passes of few rows are one."""
+        """What drafts several tokens in one call, where a pass is one."""
         if self._native and packed:
             self._small = SmallPasses(
                 packed,
@@ -72,7 +72,7 @@ class Model:
 
     @property
     def is_small(self) -> bool:
-        """Whether passes of few rows are one call, and leave torch little to do."""
+        """Whether passes are one call, and leave torch little to do."""
         return self._small is not None
 
     def describe(self) -> str:

@@ -80,7 +80,7 @@ def load(request: pytest.FixtureRequest) -> Iterator[Load]:
             "max_model_len": 160,
             "max_num_seqs": 64,
             "max_num_batched_tokens": 96,
-            "kv_cache_memory": "9MiB",
+            "kv_cache_memory": "5MiB",
             "speculative_config": CASES[request.param],
         }
     )
