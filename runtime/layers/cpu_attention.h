@@ -47,7 +47,7 @@ struct Seen {
     float values[256];
 };
 
-// Up to STRETCH tiles of keys that lie one after another in a text.
+// Up to STRETCH tiles of keys that lie one after another in a text. It begins at the same places for whoever looks.
 struct Stretch {
     int num_tiles;
     int64_t at[STRETCH];                 // of unit 0, in the layer's blocks
@@ -56,97 +56,89 @@ struct Stretch {
     Ints masks[STRETCH][TILE];
 };
 
-// Sixteen keys of one unit [D][16] times Q queries: their scores. Meanwhile those at `ahead` are fetched, if given.
-template <int Q, typename Kv>
-void score(const float *const *queries, int D, const Kv *keys, const Kv *ahead, Vec (&scores)[Q]) {
-    constexpr int WAYS = Q <= 2 ? 4 : Q <= 4 ? 2 : 1;  // few queries: more sums at once, or additions wait for one another
-    Vec sums[WAYS][Q] = {};
-    const auto walk = [&](auto fetch) {
-        int d = 0;
-        for (; d + WAYS <= D; d += WAYS)
-            for (int w = 0; w < WAYS; w++) {
-                if (fetch()) __builtin_prefetch(ahead + (d + w) * LANES);
-                const Vec key = load(keys + (d + w) * LANES);
-                for (int q = 0; q < Q; q++) sums[w][q] += queries[q][d + w] * key;
-            }
-        for (; d < D; d++) {
-            const Vec key = load(keys + d * LANES);
-            for (int q = 0; q < Q; q++) sums[0][q] += queries[q][d] * key;
-        }
-    };
-    if (ahead)
-        walk(std::true_type{});
-    else
-        walk(std::false_type{});
-    for (int q = 0; q < Q; q++) {
-        scores[q] = sums[0][q];
-        for (int w = 1; w < WAYS; w++) scores[q] += sums[w][q];
+// In which order a query's sums are made depends on places in the text alone, never on how many queries share the walk:
+// so a row's context is the same, bit by bit, whatever else is in its pass. What hides how long an addition takes are
+// sums of other tiles and of other queries.
+
+// N tiles of keys of one unit, from tile `i` of a stretch on, times Q queries: their scores. Meanwhile the same keys of
+// `ahead` are fetched, if that is to be.
+template <int Q, int N, bool FETCH, typename Kv>
+void score(const float *const *queries, int D, const Kv *unit, const Stretch &stretch, int i, const Kv *ahead_unit,
+           const Stretch *ahead, float (*scores)[STRETCH * LANES]) {
+    const Kv *keys[N], *later[N];
+    for (int n = 0; n < N; n++) {
+        keys[n] = unit + stretch.at[i + n];
+        later[n] = FETCH && i + n < ahead->num_tiles ? ahead_unit + ahead->at[i + n] : keys[n];
     }
+    Vec sums[N][Q] = {};
+    for (int d = 0; d < D; d++)
+        for (int n = 0; n < N; n++) {
+            if (FETCH) __builtin_prefetch(later[n] + d * LANES);
+            const Vec key = load(keys[n] + d * LANES);
+            for (int q = 0; q < Q; q++) sums[n][q] += queries[q][d] * key;
+        }
+    for (int n = 0; n < N; n++)
+        for (int q = 0; q < Q; q++) {
+            const Ints *shown = stretch.shown[i + n];
+            store(scores[q] + (i + n) * LANES, !shown ? sums[n][q] : shown[q] ? sums[n][q] : splat(MASKED));
+        }
 }
 
 // N vectors of the values' width, of all tiles of a stretch, times the weights of Q queries, added to what these have
-// seen. Meanwhile the same of `ahead` is fetched.
-template <int Q, int N, typename Kv>
+// seen. Meanwhile the same of `ahead` is fetched, if that is to be.
+template <int Q, int N, bool FETCH, typename Kv>
 void mix(const Kv *unit, int D, int d, const Stretch &stretch, const float (*weights)[STRETCH * LANES],
          const Kv *ahead_unit, const Stretch *ahead, Seen *seen) {
-    constexpr int WAYS = Q * N <= 2 ? 4 : Q * N <= 4 ? 2 : 1;
-    Vec sums[WAYS][Q][N] = {};
+    Vec sums[Q][N];
     for (int q = 0; q < Q; q++)
-        for (int n = 0; n < N; n++) sums[0][q][n] = load(seen[q].values + d + n * LANES);
+        for (int n = 0; n < N; n++) sums[q][n] = load(seen[q].values + d + n * LANES);
     for (int i = 0; i < stretch.num_tiles; i++) {
         const int64_t offset = LANES * D + d;
         const Kv *values = unit + stretch.at[i] + offset;
-        const Kv *later = ahead && i < ahead->num_tiles ? ahead_unit + ahead->at[i] + offset : values;
-        const auto add = [&](int j, int w) {
-            for (size_t at = 0; at < N * LANES * sizeof(Kv); at += 64)
+        const Kv *later = FETCH && i < ahead->num_tiles ? ahead_unit + ahead->at[i] + offset : values;
+        const auto add = [&](int j) {
+            for (size_t at = 0; at < N * LANES * sizeof(Kv) && FETCH; at += 64)
                 __builtin_prefetch((const char *)(later + j * D) + at);
             Vec value[N];
             for (int n = 0; n < N; n++) value[n] = load(values + j * D + n * LANES);
             for (int q = 0; q < Q; q++)
-                for (int n = 0; n < N; n++) sums[w][q][n] += weights[q][i * LANES + j] * value[n];
+                for (int n = 0; n < N; n++) sums[q][n] += weights[q][i * LANES + j] * value[n];
         };
-        if (stretch.count[i] == LANES) {
-            for (int j = 0; j < LANES; j += WAYS)
-                for (int w = 0; w < WAYS; w++) add(j + w, w);
-        } else {
-            for (int j = 0; j < stretch.count[i]; j++) add(stretch.first[i] + j, 0);
-        }
+        if (stretch.count[i] == LANES)
+            for (int j = 0; j < LANES; j++) add(j);
+        else
+            for (int j = 0; j < stretch.count[i]; j++) add(stretch.first[i] + j);
     }
     for (int q = 0; q < Q; q++)
-        for (int n = 0; n < N; n++) {
-            for (int w = 1; w < WAYS; w++) sums[0][q][n] += sums[w][q][n];
-            store(seen[q].values + d + n * LANES, sums[0][q][n]);
-        }
+        for (int n = 0; n < N; n++) store(seen[q].values + d + n * LANES, sums[q][n]);
 }
 
 // A stretch of one unit's keys to Q queries: scores, then, relative to the best score yet, weights and values (the
 // online softmax of FlashAttention, arXiv 2205.14135). `ahead` are the tiles that come next, if they are not at hand. A
 // function of its own: drawn into its caller, it would lack registers.
-template <int Q, typename Kv>
-__attribute__((noinline)) void take(const float *const *queries, int D, const Kv *unit, const Stretch &stretch, const Kv *ahead_unit,
-          const Stretch *ahead, Seen *seen) {
+template <int Q, bool FETCH, typename Kv>
+__attribute__((noinline)) void take(const float *const *queries, int D, const Kv *unit, const Stretch &stretch,
+                                    const Kv *ahead_unit, const Stretch *ahead, Seen *seen) {
+    constexpr int KEYS = Q == 1 ? 8 : Q <= 3 ? 4 : Q <= 7 ? 2 : 1;
     float weights[Q][STRETCH * LANES];
-    Vec tops[Q];
-    for (int q = 0; q < Q; q++) tops[q] = splat(MASKED);
-    for (int i = 0; i < stretch.num_tiles; i++) {
-        Vec scores[Q];
-        const Kv *later = ahead && i < ahead->num_tiles ? ahead_unit + ahead->at[i] : nullptr;
-        score(queries, D, unit + stretch.at[i], later, scores);
-        for (int q = 0; q < Q; q++) {
-            if (stretch.shown[i]) scores[q] = stretch.shown[i][q] ? scores[q] : splat(MASKED);
-            tops[q] = scores[q] > tops[q] ? scores[q] : tops[q];
-            store(weights[q] + i * LANES, scores[q]);
-        }
-    }
+    int i = 0;
+    for (; i + KEYS <= stretch.num_tiles; i += KEYS)
+        score<Q, KEYS, FETCH>(queries, D, unit, stretch, i, ahead_unit, ahead, weights);
+    for (; i < stretch.num_tiles; i++) score<Q, 1, FETCH>(queries, D, unit, stretch, i, ahead_unit, ahead, weights);
     for (int q = 0; q < Q; q++) {
-        const float top = largest(tops[q]);
+        Vec tops = load(weights[q]);
+        for (i = 1; i < stretch.num_tiles; i++) {
+            const Vec more = load(weights[q] + i * LANES);
+            tops = more > tops ? more : tops;
+        }
+        const float top = largest(tops);
         if (top > seen[q].best) {
             const float factor = seen[q].best == MASKED ? 0.0f : std::exp(seen[q].best - top);
             seen[q].weight *= factor;
             for (int e = 0; e < D; e++) seen[q].values[e] *= factor;
             seen[q].best = top;
         }
-        for (int i = 0; i < stretch.num_tiles; i++) {
+        for (i = 0; i < stretch.num_tiles; i++) {
             const Vec given = load(weights[q] + i * LANES);
             Vec weight = exponential(given - seen[q].best);
             if (stretch.shown[i]) weight = given > MASKED ? weight : Vec{};
@@ -155,11 +147,12 @@ __attribute__((noinline)) void take(const float *const *queries, int D, const Kv
         }
     }
     int d = 0;
-    for (; d + 2 * LANES <= D; d += 2 * LANES) mix<Q, 2>(unit, D, d, stretch, weights, ahead_unit, ahead, seen);
-    for (; d + LANES <= D; d += LANES) mix<Q, 1>(unit, D, d, stretch, weights, ahead_unit, ahead, seen);
+    for (; d + 2 * LANES <= D; d += 2 * LANES)
+        mix<Q, 2, FETCH>(unit, D, d, stretch, weights, ahead_unit, ahead, seen);
+    for (; d + LANES <= D; d += LANES) mix<Q, 1, FETCH>(unit, D, d, stretch, weights, ahead_unit, ahead, seen);
     for (; d < D; d++)
         for (int q = 0; q < Q; q++)
-            for (int i = 0; i < stretch.num_tiles; i++)
+            for (i = 0; i < stretch.num_tiles; i++)
                 for (int j = stretch.first[i]; j < stretch.first[i] + stretch.count[i]; j++)
                     seen[q].values[d] += weights[q][i * LANES + j] * widen(unit[stretch.at[i] + (LANES + j) * D + d]);
 }
@@ -219,7 +212,7 @@ struct Queries {
         if (span == num_spans) return false;
         const Span all = spans[span];
         int i = 0;
-        for (; i < STRETCH && at < all.to; i++, at += LANES) {
+        for (; at < all.to && (i == 0 || at % (STRETCH * LANES) != 0); i++, at += LANES) {
             const int first = at < all.from ? all.from - at : 0;
             const int count = (at + LANES <= all.to ? LANES : all.to - at) - first;
             stretch.at[i] = table[at / P] * strides->block + at % P / LANES * strides->tile;
@@ -396,8 +389,12 @@ void attend(const Pass &pass, const In *qkv, Kv *blocks, const Strides &strides,
                 const bool last = u + 1 == U;
                 const Kv *unit = blocks + u * strides.unit;
                 const Stretch *ahead = last ? (fetch ? next : nullptr) : queries.from == 0 ? now : nullptr;
+                const Kv *ahead_unit = last ? blocks : unit + strides.unit;
                 by_count(Q, [&](auto n) {
-                    take<n.value>(rows, D, unit, *now, last ? blocks : unit + strides.unit, ahead, seen.data() + u * Q);
+                    if (ahead)
+                        take<n.value, true>(rows, D, unit, *now, ahead_unit, ahead, seen.data() + u * Q);
+                    else
+                        take<n.value, false>(rows, D, unit, *now, ahead_unit, ahead, seen.data() + u * Q);
                 });
             }
             std::swap(now, next);

@@ -37,11 +37,14 @@ ATTEND(f32_bf16_bf16, float, Bf16, Bf16)
 ATTEND(bf16_f32_bf16, Bf16, float, Bf16)
 ATTEND(bf16_bf16_bf16, Bf16, Bf16, Bf16)
 
-void add_rms_f32_f32(float *h, const float *delta, int T, int E, float eps, float *out) { add_rms(h, delta, T, E, eps, out); }
-void add_rms_bf16_bf16(float *h, const Bf16 *delta, int T, int E, float eps, Bf16 *out) { add_rms(h, delta, T, E, eps, out); }
-void add_rms_f32_bf16(float *h, const float *delta, int T, int E, float eps, Bf16 *out) {
-    add_rms(h, delta, T, E, eps, out);
-}
+// by the types of delta and of what comes out
+#define ADD_RMS(name, In, Out)                                                                                         \
+    void add_rms_##name(float *h, const In *delta, int T, int E, float eps, Out *out, const float *weight) {           \
+        add_rms(h, delta, T, E, eps, out, weight);                                                                     \
+    }
+ADD_RMS(f32_f32, float, float)
+ADD_RMS(bf16_bf16, Bf16, Bf16)
+ADD_RMS(f32_bf16, float, Bf16)
 void swiglu_f32(const float *gate_up, int rows, int F, float *out) { swiglu(gate_up, rows, F, out); }
 void swiglu_bf16(const Bf16 *gate_up, int rows, int F, Bf16 *out) { swiglu(gate_up, rows, F, out); }
 

@@ -35,7 +35,7 @@ _FUNCTIONS = {
         ("f32_f32_f32", "f32_f32_bf16", "f32_bf16_bf16", "bf16_f32_bf16", "bf16_bf16_bf16"),
         (_P, _P, _P, _L, _L, _L, _I, _I, _I, _F, _P),
     ),
-    "add_rms": (("f32_f32", "bf16_bf16", "f32_bf16"), (_P, _P, _I, _I, _F, _P)),
+    "add_rms": (("f32_f32", "bf16_bf16", "f32_bf16"), (_P, _P, _I, _I, _F, _P, _P)),
     "swiglu": (("f32", "bf16"), (_P, _I, _I, _P)),
     "move_rows": (("f32", "bf16"), (_P, _L, _L, _L, _I, _I, _I, _P, _P, _I)),
     "pass": (("f32_f32", "bf16_bf16", "bf16_f32"), (_P, _P, _P, _P, _I, _P, _P, _P, _P)),
@@ -147,11 +147,18 @@ class Kernels:
         return context
 
     def add_rms(
-        self, h_TE: Tensor, delta_TE: Tensor | None, *, eps: float, dtype: torch.dtype
+        self,
+        h_TE: Tensor,
+        delta_TE: Tensor | None,
+        *,
+        eps: float,
+        dtype: torch.dtype,
+        weight_E: Tensor | None = None,
     ) -> Tensor:
-        """Add delta to h in place; h over its root mean square, `[T, E]` in `dtype`."""
+        """Add delta to h in place; h over its root mean square, times the weight if there is one,
+        `[T, E]` in `dtype`."""
         out = torch.empty(h_TE.shape, dtype=dtype)
-        given = dtype if delta_TE is None else delta_TE.dtype
+        given = torch.float32 if delta_TE is None else delta_TE.dtype
         rows, width = h_TE.shape
         self._add_rms[given, dtype](
             h_TE.data_ptr(),
@@ -160,6 +167,7 @@ class Kernels:
             width,
             eps,
             out.data_ptr(),
+            None if weight_E is None else weight_E.data_ptr(),
         )
         return out
 

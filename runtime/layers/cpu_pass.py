@@ -151,6 +151,15 @@ class Packed:
         self._weight = to.view(self.dtype).view(self._weight.shape).copy_(self._weight)
         self.matrix.weight = self._weight.data_ptr()
 
+    def of_normed(self, h_TI: Tensor, norm_I: Tensor, *, eps: float) -> Tensor:
+        """`[T, O]` float32, of rows [T, I] in float32 before their norm, bit by bit as at the end of a
+        pass."""
+        return self(
+            self._kernels.add_rms(
+                h_TI.contiguous(), None, eps=eps, dtype=self.dtype, weight_E=norm_I
+            )
+        )
+
     def __call__(self, x_TI: Tensor) -> Tensor:
         """`[T, O]` float32."""
         y_TO = torch.empty(x_TI.shape[0], self.outputs)

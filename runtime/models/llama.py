@@ -274,9 +274,9 @@ class Decoder:
 
     def logits(self, h_PE: Tensor) -> Tensor:
         """`[P, V]` of this rank's vocabulary, float32."""
+        if self._small_head is not None and len(h_PE) <= self._small_rows:
+            return self._small_head.of_normed(h_PE, self._final_norm, eps=self.arch.norm_eps)
         x_PE = (rms(h_PE, eps=self.arch.norm_eps) * self._final_norm).to(self._head_dtype)
-        if self._small_head is not None and len(x_PE) <= self._small_rows:
-            return self._small_head(x_PE)
         with torch_together():
             return self._head(x_PE).float()
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import paceline.runtime.models.embedded as embedded
 from paceline import LLM, SamplingParams
+from paceline.runtime.layers.cpu_kernels import load_kernels
 from paceline.runtime.models.arch import read_architecture
 from paceline.runtime.models.weights import find_model
 from paceline.runtime.requests import TokensPrompt
@@ -74,3 +75,22 @@ def test_drafts_are_accepted_and_the_text_stays_the_targets(size: int, policy: s
     assert [o.outputs[0].token_ids for o in drafted] == [o.outputs[0].token_ids for o in plain]
     metrics = [o.metrics for o in drafted if o.metrics is not None]
     assert sum(m.accepted for m in metrics) > sum(m.rounds for m in metrics)
+
+
+@pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafts_change_no_text_in_bfloat16_either(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a pass is one call: its rows do not depend on one another's number."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    prompts = [
+        TokensPrompt(prompt_token_ids=ids)
+        for ids in held_out(Tokenizer(TARGET), count=12, length=128)
+    ]
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=64, ignore_eos=True)
+    with LLM(dtype="bfloat16", enable_prefix_caching=False, speculative_config={}) as llm:
+        alone = [llm.generate(each, params, num_draft_tokens=0)[0] for each in prompts]
+        together = llm.generate(prompts, params)
+    assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
+    assert sum(o.metrics.accepted for o in together if o.metrics is not None) > 0

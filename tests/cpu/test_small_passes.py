@@ -104,6 +104,38 @@ def run(
     return model.decoder.logits(h_TE), kv
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_a_row_is_bit_by_bit_the_same_whatever_else_is_in_its_pass(
+    tiny: Callable[..., Path], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So drafting changes no text in bfloat16 either, and neither do neighbours or pieces of prompts."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model = loaded(tiny(seed=3), dtype=dtype)
+    text = [(11 * i + i // 7) % SHAPE["vocab_size"] for i in range(150)]
+
+    def read(pieces: list[int], *, beside: int) -> Tensor:
+        """Logits of the whole text, read in such pieces beside a neighbour of so many rows."""
+        blocks = ScatteredBlocks(BLOCKS)
+        place, neighbour, start, found = Place(blocks), Place(blocks), 0, []
+        for number, count in enumerate(pieces):
+            segments = [place.segment(start=start, num_rows=count)]
+            ids = text[start : start + count]
+            if beside and number < 20:
+                others = neighbour.segment(start=number * beside, num_rows=beside)
+                segments, ids = [others, *segments], [*text[-beside:], *ids]
+            h_TE = model.decoder.exact(model.rows(model.tokens(ids), segments))
+            found.append(model.decoder.logits(h_TE[-count:]))
+            start += count
+        return torch.cat(found)
+
+    expected = read([1] * 150, beside=0)
+    assert expected.std() > 0.1, "expected something to differ in"
+    for pieces in ([150], [100, 50], [128, 6, 6, 6, 4], [3] * 50, [130, *[1] * 20]):
+        for beside in (0, 1, 9):
+            assert read(pieces, beside=beside).equal(expected), (pieces, beside)
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets how many compute."""
