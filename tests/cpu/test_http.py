@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -42,7 +43,7 @@ from paceline.runtime.config import EngineConfig, ServerConfig, SpeculativeConfi
 from paceline.runtime.errors import ConfigError
 from paceline.runtime.preflight import Facts
 from paceline.runtime.tokenizer import Tokenizer
-from paceline.runtime.types import Request
+from paceline.runtime.types import EngineStatus, Request
 
 SOON_S = 5.0
 CHAT = [{"role": "user", "content": "hi"}]
@@ -796,6 +797,53 @@ def test_health_fails_while_the_engine_hangs(ask: Ask, monkeypatch: pytest.Monke
     lost = FakeEngine()
     lost.fail("rank 0 died")
     assert ask("/ping", engine=lost).status_code == 503
+
+
+class StartedAnew(FakeEngine):
+    """Its ranks are being started again."""
+
+    def status(self) -> EngineStatus:
+        return msgspec.structs.replace(super().status(), restarting=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "live", "ready"),
+    [
+        ("serves", 200, 200),
+        ("hangs", 503, 200),
+        ("is lost", 503, 503),
+        ("drains", 200, 503),
+        ("is started anew", 200, 503),
+    ],
+)
+def test_live_fails_where_only_a_restart_helps_and_ready_where_others_should_be_asked(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch, state: str, live: int, ready: int
+) -> None:
+    monkeypatch.setattr(http, "HEALTH_TIMEOUT_S", 0.1)
+    engine = StartedAnew() if state == "is started anew" else FakeEngine()
+    if state in ("hangs", "is started anew"):
+        engine.pause()
+
+    async def verdicts() -> tuple[int, int]:
+        llm = AsyncLLM(engine, facts, EngineConfig())
+        app = http.make_app(llm, facts, EngineConfig(), ServerConfig())
+        try:
+            llm.start()
+            if state == "is lost":
+                engine.fail("rank 0 died")
+                await llm.wait_lost()
+            if state == "drains":
+                assert await llm.drain(timeout_s=1.0)
+            while state == "is started anew" and not llm.status().restarting:
+                await asyncio.sleep(0.01)
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                answers = [await client.get(path) for path in ("/live", "/ready")]
+            return answers[0].status_code, answers[1].status_code
+        finally:
+            await llm.close()
+
+    assert asyncio.run(asyncio.wait_for(verdicts(), SOON_S)) == (live, ready)
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else(ask: Ask) -> None:
