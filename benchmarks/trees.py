@@ -25,6 +25,7 @@ from paceline.parallel.launch import solo_mesh
 from paceline.runtime.config import EngineConfig, make_config
 from paceline.runtime.engine import Engine
 from paceline.runtime.inputs import Rows
+from paceline.runtime.layers.cpu_chain import SmallChains
 from paceline.runtime.loading import Loaded, load
 from paceline.runtime.local import InProcess
 from paceline.runtime.preflight import examine
@@ -91,6 +92,15 @@ class PassCount:
             return plain(drafter, rows)
 
         LayerParallel.grouped = counted  # type: ignore[assignment, method-assign]
+        in_one_call = SmallChains.draft_on
+
+        def drafted_on(
+            chains: SmallChains, token_ids: Any, draws: Any, tables: Any, counts: Any, form: Any
+        ) -> list[list[int]]:
+            self.passes += counts[0]
+            return in_one_call(chains, token_ids, draws, tables, counts, form)
+
+        SmallChains.draft_on = drafted_on  # type: ignore[assignment, method-assign]
 
 
 def config_of(setting: Setting, verification: str, args: dict[str, Any]) -> EngineConfig:

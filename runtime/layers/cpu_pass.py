@@ -377,6 +377,7 @@ class SmallPasses:
     ) -> Tensor:
         """This rank's part of the attention of some layers of a group over the norm of
         `h_TE += delta_TE`: `[L, T, E]`, or `[T, E]` if summed."""
+        _check_floats(h_TE, delta_TE)
         shape = h_TE.shape if summed else (len(layers), *h_TE.shape)
         A = torch.empty(shape)
         self._attention(
@@ -396,6 +397,7 @@ class SmallPasses:
     def mlp(self, h_TE: Tensor, A_TE: Tensor, rows: Rows, *, group: int, layers: range) -> Tensor:
         """This rank's part of the feed-forward blocks of some layers of a group, each over the norm of
         `h_TE += A_TE`, summed: `[T, E]`."""
+        _check_floats(h_TE, A_TE)
         delta_TE = torch.empty_like(h_TE)
         self._mlp(
             self._team(),
@@ -409,6 +411,14 @@ class SmallPasses:
             delta_TE.data_ptr(),
         )
         return delta_TE
+
+
+def _check_floats(h_TE: Tensor, delta_TE: Tensor | None) -> None:
+    """What the compiled passes take for granted."""
+    for each in (h_TE, h_TE if delta_TE is None else delta_TE):
+        assert each.dtype == torch.float32, f"expected float32, found {each.dtype}"
+        assert each.shape == h_TE.shape, f"expected {h_TE.shape}, found {each.shape}"
+        assert each.is_contiguous(), "expected rows that follow one another"
 
 
 def _native(rows: Rows) -> Pass:

@@ -220,5 +220,5 @@ class PlacedGroup:
         self._all_reduce_(A_LTE)
         delta_TE = torch.zeros_like(h_TE)
         for layer, A_TE in enumerate(A_LTE):
-            delta_TE = group.mlp(group.norm(h_TE, delta_TE + A_TE), layer)
+            delta_TE = group.mlp(group.norm(h_TE, delta_TE + A_TE), layer).float()
         return delta_TE

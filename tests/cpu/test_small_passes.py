@@ -136,6 +136,25 @@ def test_a_row_is_bit_by_bit_the_same_whatever_else_is_in_its_pass(
             assert read(pieces, beside=beside).equal(expected), (pieces, beside)
 
 
+@pytest.mark.parametrize("policy", ["attention", "block"])
+@torch.inference_mode()
+def test_layers_that_ranks_hold_whole_are_those_that_they_share(
+    tiny: Callable[..., Path], policy: str
+) -> None:
+    """In bfloat16, whose results between the calls of a pass are float32 all the same."""
+    model = loaded(tiny(seed=3), dtype="bfloat16")
+    found = []
+    for placement in (Placement.TENSOR, Placement.LAYER):
+        place = Place(ScatteredBlocks(BLOCKS))
+        rows = model.rows(model.tokens([5, 6, 7]), [place.segment(start=0, num_rows=3)])
+        drafter = LayerParallel(
+            model.decoder, policy=Policy(policy), placement=placement, axis=solo_mesh().draft
+        )
+        found.append(model.decoder.logits(drafter.grouped(rows)))
+    assert found[0].std() > 0.1
+    torch.testing.assert_close(*found, rtol=0.0, atol=0.05)
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets how many compute."""
