@@ -44,6 +44,9 @@ class Link:
         self.say_bytes(msgspec.msgpack.encode(news))
 
     def say_bytes(self, body: bytes) -> None:
+        """Returns when the engine loop's socket holds it: words said before are taken out first, or
+        one of those would be what is waited for."""
+        self._control._receive()
         self._socket.send(body)
         assert self._control.socket.poll(LONG_MS)
 
