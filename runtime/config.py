@@ -241,6 +241,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         float,
         Meta(gt=0, le=1, description="Part of a GPU's memory for weights and KV cache together."),
     ] = 0.9
+    enforce_eager: Annotated[
+        bool,
+        Meta(
+            description="On GPUs, launch every operation of a pass anew; if false, passes of few rows are "
+            "recorded as CUDA graphs and played. Without meaning on CPUs."
+        ),
+    ] = True
     kv_cache_memory: Annotated[
         str | int | None,
         Meta(

@@ -27,15 +27,17 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from paceline.runtime.kv.pool import BlockTable, KvPool
 from paceline.runtime.layers.cpu_kernels import Pass
-from paceline.runtime.layers.cpu_pass import SmallPasses
-from paceline.runtime.layers.rope import RopeTable, Rotation
+from paceline.runtime.layers.cpu_pass import Form, SmallPasses
+from paceline.runtime.layers.rope import RopeTable
+from paceline.runtime.layers.sight import Sight, outline, tell
 
 MOST_NODES = 64
 """Rows that a tree may have in the KV: bits of a word (`config.MOST_TREE_ROWS`)."""
@@ -62,22 +64,31 @@ class Segment:
         return self.end - self.num_rows
 
 
+class Graphs(Protocol):
+    """Passes of a model that were recorded and are played again (`models/graphs.py`)."""
+
+    def run(self, form: Form, compute: Callable[[Rows], Tensor], rows: Rows) -> Tensor:
+        """What `compute` makes of `rows`, `[T, E]`. `form` names it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """A packed pass. Prompt chunk, decode, verification and calibration are all this, with other
     rows."""
 
     token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64: in the text, so those of a tree repeat
+    positions: Sequence[int]
+    """`T` of them: in the text, so those of a tree repeat. Empty for rows that are being recorded."""
     segments: Sequence[Segment]
-    rotation: Rotation
-    sink_rotation: Rotation | None
-    """For queries that look at sinks from a window: as if the window followed right upon them."""
     pool: KvPool
     scale: float
     """Of the scores."""
+    sight: Sight | None = None
+    """What attention in torch goes by."""
+    graphs: Graphs | None = None
+    """What plays the pass at once, where a device's launches would take longer than its work."""
     native: Pass | None = None
-    """The same for the compiled kernel, where that runs."""
+    """What the compiled kernels go by, where those run."""
     small: SmallPasses | None = None
     """What computes all layers in one call, for small models."""
     written: Callable[[int], None] | None = None
@@ -98,6 +109,7 @@ def pack(
     scale: float,
     native: bool,
     small: SmallPasses | None = None,
+    graphs: Graphs | None = None,
     written: Callable[[int], None] | None = None,
 ) -> Rows:
     """Rows for a pass over `segments`, whose tokens are `token_ids_T`, `[T]` on the device."""
@@ -117,33 +129,29 @@ def pack(
     assert len(positions) == token_ids_T.shape[0], (
         f"expected {len(positions)} tokens, found {token_ids_T.shape[0]}"
     )
-    device = token_ids_T.device
-    positions_T = torch.tensor(positions, dtype=torch.int64, device=device)
-    rotation = rope.rotation(positions_T, largest=max(segment.end for segment in segments))
-    sink_rotation = None
-    if any(segment.window and segment.end > segment.sinks + segment.window for segment in segments):
-        counts = torch.tensor([segment.num_rows for segment in segments])
-        limits = torch.tensor(
-            [s.sinks + s.window - 1 if s.window else s.end for s in segments], dtype=torch.int64
-        )
-        limit_T = limits.repeat_interleave(counts).to(device)
-        furthest = max(min(s.end, s.sinks + s.window) if s.window else s.end for s in segments)
-        sink_rotation = rope.rotation(torch.minimum(positions_T, limit_T), largest=furthest)
     rows = Rows(
         token_ids=token_ids_T,
-        positions=positions_T,
+        positions=positions,
         segments=segments,
-        rotation=rotation,
-        sink_rotation=sink_rotation,
         pool=pool,
         scale=scale,
         native=Pass() if native else None,
         small=small if native and small and len(positions) <= small.most_rows else None,
+        graphs=graphs,
         written=written,
     )
     if rows.native is not None:
-        _fill(rows.native, rows, starts)
+        _fill(rows.native, rows, starts, rope)
+    elif graphs is None:
+        rows = replace(rows, sight=_sight(rows, rope))
     return rows
+
+
+def _sight(rows: Rows, rope: RopeTable) -> Sight:
+    size = rows.pool.block_size
+    given = outline(rows.segments, block_size=size)
+    words = torch.tensor(tell(rows.segments, rows.positions, given, block_size=size))
+    return Sight(words.to(rows.token_ids.device), given, rope=rope, block_size=size)
 
 
 def _check_tree(segment: Segment) -> None:
@@ -170,7 +178,7 @@ def _positions_in_text(segment: Segment) -> list[int]:
     return [*chain, *(root + mask.bit_count() for mask in segment.masks)]
 
 
-def _fill(native: Pass, rows: Rows, starts: array[int]) -> None:
+def _fill(native: Pass, rows: Rows, starts: array[int], rope: RopeTable) -> None:
     segments, pool = rows.segments, rows.pool
     ends = array("i", [segment.end for segment in segments])
     sinks = array("i", [segment.sinks for segment in segments])
@@ -184,10 +192,25 @@ def _fill(native: Pass, rows: Rows, starts: array[int]) -> None:
     native.tables = _address(tables)
     if any(segment.masks for segment in segments):
         _fill_trees(native, rows)
-    native.cos, native.sin = rows.rotation.cos.data_ptr(), rows.rotation.sin.data_ptr()
-    if rows.sink_rotation is not None:
-        native.sink_cos = rows.sink_rotation.cos.data_ptr()
-        native.sink_sin = rows.sink_rotation.sin.data_ptr()
+    _fill_rotations(native, rows, rope)
+
+
+def _fill_rotations(native: Pass, rows: Rows, rope: RopeTable) -> None:
+    segments = rows.segments
+    positions_T = torch.tensor(rows.positions, dtype=torch.int64)
+    rotation = rope.rotation(positions_T, largest=max(segment.end for segment in segments))
+    rows._alive.append(rotation)
+    native.cos, native.sin = rotation.cos.data_ptr(), rotation.sin.data_ptr()
+    if any(segment.window and segment.end > segment.sinks + segment.window for segment in segments):
+        counts = torch.tensor([segment.num_rows for segment in segments])
+        limits = torch.tensor(
+            [s.sinks + s.window - 1 if s.window else s.end for s in segments], dtype=torch.int64
+        )
+        limit_T = limits.repeat_interleave(counts)
+        furthest = max(min(s.end, s.sinks + s.window) if s.window else s.end for s in segments)
+        at_sinks = rope.rotation(torch.minimum(positions_T, limit_T), largest=furthest)
+        rows._alive.append(at_sinks)
+        native.sink_cos, native.sink_sin = at_sinks.cos.data_ptr(), at_sinks.sin.data_ptr()
 
 
 def _fill_trees(native: Pass, rows: Rows) -> None:

@@ -17,6 +17,7 @@ from paceline.runtime.errors import ConfigError
 from paceline.runtime.kv.pool import block_bytes
 from paceline.runtime.layers.cpu_kernels import load_kernels, supports
 from paceline.runtime.models.arch import Architecture, context_length, read_architecture
+from paceline.runtime.models.graphs import Recorder, record_cuda
 from paceline.runtime.models.llama import Decoder, load_decoder
 from paceline.runtime.models.model import Model, units_of
 from paceline.runtime.models.weights import Checkpoint, find_model
@@ -76,7 +77,7 @@ def load(config: EngineConfig, mesh: Mesh, *, target: Model | None = None) -> Lo
         decoders = [each for each in (decoder, drafter) if each is not None]
         num_blocks = _num_blocks(config, mesh, decoders, max_len=max_len)
 
-    def model(decoder: Decoder) -> Model:
+    def model(decoder: Decoder, axis: Axis) -> Model:
         return Model(
             decoder,
             num_blocks=num_blocks,
@@ -85,26 +86,36 @@ def load(config: EngineConfig, mesh: Mesh, *, target: Model | None = None) -> Lo
             kv_dtype=_kv_dtype(decoder, mesh.device),
             device=mesh.device,
             shared=config.kv_transfer_config is not None,
+            record=recorder(config, axis, mesh.device),
         )
 
     draft_model = None
     if drafter is not None and layer_parallel is not None:
         assert config.speculative_config is not None
         draft_model = DraftModel(
-            model(drafter),
+            model(drafter, mesh.draft),
             layer_parallel,
             axis=mesh.draft,
             max_rows=max(config.max_num_batched_tokens, config.max_num_seqs),
             rejection=config.speculative_config.verification == "rejection",
         )
     return Loaded(
-        target=target if target is not None or decoder is None else model(decoder),
+        target=target if target is not None or decoder is None else model(decoder, mesh.target),
         draft_model=draft_model,
         num_blocks=num_blocks,
         vocab_size=arch.vocab_size,
         grouped=layer_parallel is not None and layer_parallel.any_group,
         grammars=_grammars(folder, vocab_size=arch.vocab_size) if mesh.rank0 else None,
     )
+
+
+def recorder(config: EngineConfig, axis: Axis, device: torch.device) -> Recorder | None:
+    """What records a model's passes of few rows, where that is wanted and can be: sums over ranks
+    must be recorded too."""
+    sums = axis.size == 1 or axis.collectives.name == "nccl"
+    if config.enforce_eager or device.type != "cuda" or not sums:
+        return None
+    return record_cuda(device)
 
 
 def _grammars(folder: Path, *, vocab_size: int) -> GrammarCompiler | None:

@@ -47,8 +47,10 @@ class KvPool:
         dtype: torch.dtype,
         device: torch.device,
         shared: bool = False,
+        scratch: bool = False,
     ) -> None:
-        """`units[g]` is how many (layer, KV head) pairs group g has on this rank.
+        """`units[g]` is how many (layer, KV head) pairs group g has on this rank. With `scratch` there
+        is one block more, for rows that nobody reads.
 
         A `shared` pool lies in a memfd, for other processes to map. Raises ConfigError where there
         is none to be had.
@@ -57,7 +59,7 @@ class KvPool:
         self.block_size = block_size
         self.head_dim = head_dim
         assert block_size % TILE == 0, f"expected blocks of whole tiles, found {block_size}"
-        shape = (num_blocks, block_size // TILE)
+        shape = (num_blocks + scratch, block_size // TILE)
         width = 2 * TILE * head_dim
         shapes = [(*shape, count, width) for count in units]
         self.shared: SharedMemory | None = None
@@ -81,6 +83,12 @@ class KvPool:
         pages = self.groups[group]
         part = pages[..., TILE * self.head_dim :]
         return part.view(*pages.shape[:3], TILE, self.head_dim).permute(2, 0, 1, 3, 4)
+
+    @property
+    def scratch_slot(self) -> int:
+        """The first of the scratch block, of a pool that has one."""
+        assert len(self.groups[0]) > self.num_blocks, "expected a pool with a scratch block"
+        return self.num_blocks * self.block_size
 
     @property
     def memfd(self) -> int:
@@ -168,6 +176,10 @@ class BlockTable:
             self._ids[position // block_size] * block_size + position % block_size
             for position in range(start, end)
         ]
+
+    def first(self, count: int) -> list[int]:
+        """The ids of its first blocks."""
+        return self._ids[:count].tolist()
 
     def ids(self) -> Tensor:
         """`[blocks]` int64."""

@@ -9,21 +9,21 @@ wide layer.
 
 Two forms of one computation: a compiled kernel on CPUs, and torch operations, which serve every
 device and are what the kernel is tested against. Segments of equally many rows go through torch
-together, padded to the longest.
+together, padded to the longest (`sight.py`); nothing there asks the host or tells it anything, so
+that a pass may be recorded and played again.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from paceline.runtime.inputs import MOST_NODES, Rows, Segment
-from paceline.runtime.kv.pool import TILE, KvPool
+from paceline.runtime.inputs import Rows
 from paceline.runtime.layers.cpu_kernels import load_kernels
-from paceline.runtime.layers.rope import rotate
+from paceline.runtime.layers.fused import fused
+from paceline.runtime.layers.rope import Rotation, rotate
+from paceline.runtime.layers.sight import Seen, Sight
 
 
 def attend(
@@ -51,121 +51,88 @@ def attend(
             scale=rows.scale,
             dtype=dtype,
         )
-    return _attend_torch(heads, rows=rows, group=group, units=units, window=window).to(dtype)
+    assert rows.sight is not None, "expected what the rows see, on their device"
+    return _attend_torch(heads, rows, rows.sight, group=group, units=units, window=window).to(dtype)
 
 
 def _attend_torch(
-    heads: Tensor, *, rows: Rows, group: int, units: range, window: int | None
+    heads: Tensor, rows: Rows, sight: Sight, *, group: int, units: range, window: int | None
 ) -> Tensor:
     T, U, G, D = heads.shape[0], heads.shape[1], heads.shape[2] - 2, heads.shape[3]
-    pool, device = rows.pool, heads.device
+    pool = rows.pool
     keys, values = (
         pool.keys(group)[units.start : units.stop],
         pool.values(group)[units.start : units.stop],
     )
-    turned = rotate(heads[:, :, : G + 1], rows.rotation)  # [T, U, G+1, D]
-    blocks_T, tiles_T, lanes_T = _slots(rows)
-    key = turned[:, :, G].to(keys.dtype)  # [T, U, D]
-    keys[:, blocks_T, tiles_T, :, lanes_T] = key  # advanced indices apart: [T, U, D]
+    turned = _turned(heads, sight.rotation.cos, sight.rotation.sin, keys.dtype)  # [T, U, G+1, D]
+    blocks_T, tiles_T, lanes_T = sight.blocks_T, sight.tiles_T, sight.lanes_T
+    keys[:, blocks_T, tiles_T, :, lanes_T] = turned[:, :, G]  # advanced indices apart: [T, U, D]
     values[:, blocks_T, tiles_T, lanes_T] = heads[:, :, G + 1].transpose(0, 1).to(values.dtype)
-    queries = turned[:, :, :G] * rows.scale
+    queries = turned[:, :, :G]
     at_sinks = None
-    if rows.sink_rotation is not None:
-        at_sinks = rotate(heads[:, :, :G], rows.sink_rotation) * rows.scale
-    context = torch.empty(T, U, G, D, device=device)
-    for num_rows, found in _alike(rows.segments).items():
-        starts = torch.tensor([start for start, _ in found], device=device)
-        rows_BR = starts[:, None] + torch.arange(num_rows, device=device)  # [B, R]
-        segments = [segment for _, segment in found]
-        blocks_BN = _gathered(segments, pool, device)  # [B, N]
-        key_BUDS, value_BUSD = _read_keys(keys, blocks_BN), _read_values(values, blocks_BN)
-        here = queries[rows_BR].permute(0, 2, 3, 1, 4).reshape(len(found), U, G * num_rows, D)
-        scores = here.to(keys.dtype) @ key_BUDS  # [B, U, G*R, S]
-        hidden, sinks = _hidden(segments, rows.positions[rows_BR], key_BUDS.shape[-1], window)
-        if at_sinks is not None:
-            there = at_sinks[rows_BR].permute(0, 2, 3, 1, 4).reshape(len(found), U, G * num_rows, D)
-            scores = torch.where(sinks[:, None, None, :], there.to(keys.dtype) @ key_BUDS, scores)
-        scores = scores.masked_fill(hidden.repeat(1, G, 1)[:, None], -torch.inf)
-        mixed = torch.softmax(scores.float(), dim=-1).to(values.dtype) @ value_BUSD
-        context[rows_BR] = mixed.float().view(len(found), U, G, num_rows, D).permute(0, 3, 1, 2, 4)
-    return context.view(T, -1)
+    if sight.sink_rotation is not None:
+        at_sinks = rotate(heads[:, :, :G], sight.sink_rotation).to(keys.dtype)
+    parts = []
+    for seen in sight.batches:
+        B, R = seen.shape
+        read = (_folded(queries, seen), *_read(keys, values, seen.blocks_BN))
+        allowed = seen.allowed(window, queries=G)
+        if at_sinks is None:
+            mixed = F.scaled_dot_product_attention(*read, attn_mask=allowed, scale=rows.scale)
+        else:
+            mixed = _mix_with_sinks(
+                *read,
+                _folded(at_sinks, seen),
+                sinks_BS=seen.sinks_BS,
+                allowed=allowed,
+                scale=rows.scale,
+            )
+        # [B, U, G*R, D] to [B*R, U, G, D]
+        parts.append(mixed.view(B, U, G, R, D).permute(0, 3, 1, 2, 4).reshape(B * R, U * G * D))
+    if len(parts) == 1:
+        return parts[0]
+    context = torch.empty(T, U * G * D, dtype=keys.dtype, device=heads.device)
+    for seen, part in zip(sight.batches, parts, strict=True):
+        assert seen.rows_BR is not None
+        context[seen.rows_BR.flatten()] = part
+    return context
 
 
-def _slots(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Block, tile in it and place in that of every row, `[T]` each."""
-    size, device = rows.pool.block_size, rows.positions.device
-    slots = [torch.arange(segment.start, segment.end) for segment in rows.segments]
-    blocks = [
-        segment.table.ids()[each // size]
-        for segment, each in zip(rows.segments, slots, strict=True)
-    ]
-    offsets_T = torch.cat(slots).to(device) % size
-    return torch.cat(blocks).to(device), offsets_T // TILE, offsets_T % TILE
+def _folded(queries: Tensor, seen: Seen) -> Tensor:
+    """`[T, U, G, D]` to `[B, U, G*R, D]`."""
+    _, U, G, D = queries.shape
+    B, R = seen.shape
+    rows = queries.view(B, R, U, G, D) if seen.rows_BR is None else queries[seen.rows_BR]
+    return rows.permute(0, 2, 3, 1, 4).reshape(B, U, G * R, D)
 
 
-def _alike(segments: Sequence[Segment]) -> dict[int, list[tuple[int, Segment]]]:
-    """Segments with the row each begins at, by their number of rows."""
-    found: dict[int, list[tuple[int, Segment]]] = defaultdict(list)
-    start = 0
-    for segment in segments:
-        found[segment.num_rows].append((start, segment))
-        start += segment.num_rows
-    return found
+def _mix_with_sinks(
+    queries: Tensor,  # [B, U, G*R, D]
+    keys: Tensor,  # [B, U, S, D]
+    values: Tensor,
+    at_sinks: Tensor,  # [B, U, G*R, D]
+    *,
+    sinks_BS: Tensor,
+    allowed: Tensor,
+    scale: float,
+) -> Tensor:
+    """Where sinks are looked at by queries that are turned otherwise."""
+    turned = keys.transpose(2, 3)
+    scores = torch.where(sinks_BS[:, None, None, :], at_sinks @ turned, queries @ turned)
+    scores = (scores.float() * scale).masked_fill(~allowed, -torch.inf)
+    return torch.softmax(scores, dim=-1).to(values.dtype) @ values
 
 
-def _gathered(segments: list[Segment], pool: KvPool, device: torch.device) -> Tensor:
-    """Block ids `[B, blocks]`, padded with a block that is hidden anyway."""
-    width = max(-(-segment.end // pool.block_size) for segment in segments)
-    ids = torch.zeros(len(segments), width, dtype=torch.int64)
-    for b, segment in enumerate(segments):
-        used = -(-segment.end // pool.block_size)
-        ids[b, :used] = segment.table.ids()[:used]
-    return ids.to(device)
+@fused
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Query heads and key of `[T, U, G+2, D]`."""
+    return rotate(heads[:, :, :-1], Rotation(cos=cos, sin=sin)).to(dtype)
 
 
-def _read_keys(keys: Tensor, blocks_BN: Tensor) -> Tensor:
-    """`[U, blocks, I, D, 16]` at `[B, N]` to `[B, U, D, S]`."""
-    found = keys[:, blocks_BN]  # [U, B, N, I, D, 16]
-    return found.permute(1, 0, 4, 2, 3, 5).flatten(3)
-
-
-def _read_values(values: Tensor, blocks_BN: Tensor) -> Tensor:
-    """`[U, blocks, I, 16, D]` at `[B, N]` to `[B, U, S, D]`."""
-    return values[:, blocks_BN].permute(1, 0, 2, 3, 4, 5).flatten(2, 4)
-
-
-def _hidden(
-    segments: list[Segment], positions_BR: Tensor, num_seen: int, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """What each row must not see, `[B, R, S]`; and which positions are sinks, `[B, S]`."""
-    device = positions_BR.device
-    column = torch.arange(num_seen, device=device)
-    own = torch.tensor([s.window or num_seen + 1 for s in segments], device=device)[:, None, None]
-    sinks = torch.tensor([s.sinks for s in segments], device=device)[:, None]
-    if window is not None:
-        own = own.clamp(max=window)
-    row = positions_BR[..., None]
-    far = (column <= row - own) & (column >= sinks[:, None])
-    hidden = (column > row) | far
-    for b, segment in enumerate(segments):
-        if segment.masks:
-            latest = min(each for each in (segment.window, window, MOST_NODES) if each)
-            masks = [_latest(mask, latest) for mask in segment.masks]
-            tree = hidden[b, -len(masks) :, segment.tree_start :]
-            tree.copy_(~_bits(masks, width=tree.shape[1], device=device))
-    return hidden, column < sinks
-
-
-def _bits(masks: list[int], *, width: int, device: torch.device) -> Tensor:
-    """Bit i of each mask, `[masks, width]`."""
-    signed = [mask - (mask >> 63 << 64) for mask in masks]
-    words = torch.tensor(signed, dtype=torch.int64, device=device)[:, None]
-    column = torch.arange(width, device=device)
-    return (words >> column.clamp(max=63) & 1).bool() & (column < 64)
-
-
-def _latest(mask: int, count: int) -> int:
-    """A node's mask without the ancestors that a window of `count` hides: the lowest bits."""
-    for _ in range(mask.bit_count() - count):
-        mask &= mask - 1
-    return mask
+@fused
+def _read(keys: Tensor, values: Tensor, blocks_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of some blocks, `[B, U, S, D]` each: keys `[U, blocks, I, D, 16]` and values
+    `[U, blocks, I, 16, D]` at `[B, N]`."""
+    key = keys[:, blocks_BN].permute(1, 0, 2, 3, 5, 4)  # from [U, B, N, I, D, 16]
+    value = values[:, blocks_BN].transpose(0, 1)
+    return key.flatten(2, 4), value.flatten(2, 4)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paceline.runtime.layers.cpu_kernels import load_kernels, supports
+from paceline.runtime.layers.fused import fused
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -17,5 +18,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
         kernels = load_kernels()
         if kernels is not None:
             return kernels.swiglu(gate_up)
+    return _swiglu(gate_up)
+
+
+@fused
+def _swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

@@ -7,14 +7,16 @@ Letters: T tokens, E width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from paceline.runtime.layers.cpu_kernels import load_kernels, supports
+from paceline.runtime.layers.fused import fused
 
 
 def rms(x: Tensor, *, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps)` over the last dimension, in x's dtype."""
-    return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 def add_rms(h_TE: Tensor, delta_TE: Tensor | None, *, eps: float, dtype: torch.dtype) -> Tensor:
@@ -27,6 +29,11 @@ def add_rms(h_TE: Tensor, delta_TE: Tensor | None, *, eps: float, dtype: torch.d
         kernels = load_kernels()
         if kernels is not None:
             return kernels.add_rms(h_TE, delta_TE, eps=eps, dtype=dtype)
+    return _add_rms(h_TE, delta_TE, eps, dtype)
+
+
+@fused
+def _add_rms(h_TE: Tensor, delta_TE: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     if delta_TE is not None:
         h_TE += delta_TE
     return rms(h_TE, eps=eps).to(dtype)

@@ -14,6 +14,7 @@ from paceline.runtime.layers.cpu_chain import SmallChains
 from paceline.runtime.layers.cpu_kernels import load_kernels, supports
 from paceline.runtime.layers.cpu_pass import SmallPasses
 from paceline.runtime.layers.rope import RopeTable
+from paceline.runtime.models.graphs import GraphedPasses, Recorder
 from paceline.runtime.models.llama import Decoder
 
 
@@ -31,9 +32,10 @@ class Model:
         device: torch.device,
         use_kernels: bool = True,
         shared: bool = False,
+        record: Recorder | None = None,
     ) -> None:
         """`use_kernels` false computes with torch alone, on a CPU too. With `shared`, other processes
-        may map the pool."""
+        may map the pool. `record` is what records passes of few rows, to play them again."""
         self.decoder = decoder
         self.device = device
         self.pool = KvPool(
@@ -44,6 +46,7 @@ class Model:
             dtype=kv_dtype,
             device=device,
             shared=shared,
+            scratch=record is not None,
         )
         dtypes = {group.dtype for group in decoder.groups}
         self._native = (
@@ -53,6 +56,12 @@ class Model:
         )
         self._rope = RopeTable(decoder.arch, max_len=max_len, device=device)
         self._scale = decoder.arch.head_dim**-0.5
+        self.graphs: GraphedPasses | None = None
+        """Passes that were recorded."""
+        if record is not None and not self._native:
+            self.graphs = GraphedPasses(
+                self.pool, rope=self._rope, scale=self._scale, device=device, record=record
+            )
         packed = [group.packed for group in decoder.groups if group.packed is not None]
         self._small = None
         self.chains: SmallChains | None = None
@@ -93,6 +102,7 @@ class Model:
     ) -> Rows:
         """A packed pass over `token_ids_T`, segment after segment. `written` is told of each layer
         whose keys and values are in the pool."""
+        plays = self.graphs is not None and written is None and self.graphs.fit(segments)
         return pack(
             token_ids_T,
             segments,
@@ -101,6 +111,7 @@ class Model:
             scale=self._scale,
             native=self._native,
             small=self._small,
+            graphs=self.graphs if plays else None,
             written=written,
         )
 

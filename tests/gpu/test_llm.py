@@ -28,9 +28,13 @@ def test_gpu_and_cpu_write_the_same_greedy_text(
         "tree": tree,
     }
     texts = []
-    for device in ("cpu", "cuda"):
+    for device, eager in (("cpu", True), ("cuda", True), ("cuda", False)):
         with LLM(
-            str(tiny(seed=0)), dtype="float32", device=device, speculative_config=speculative
+            str(tiny(seed=0)),
+            dtype="float32",
+            device=device,
+            enforce_eager=eager,
+            speculative_config=speculative,
         ) as llm:
             for budget in (0, None):
                 outputs = llm.generate(PROMPTS, params, num_draft_tokens=budget)
@@ -60,8 +64,9 @@ def test_a_drafter_that_is_ahead_on_the_same_gpu_leaves_the_text_as_it_is(
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_bfloat16_runs_on_a_gpu(tiny: Callable[..., Path]) -> None:
-    with LLM(str(tiny(seed=0)), dtype="bfloat16", device="cuda") as llm:
+@pytest.mark.parametrize("eager", [True, False], ids=["launched", "played"])
+def test_bfloat16_runs_on_a_gpu(tiny: Callable[..., Path], eager: bool) -> None:
+    with LLM(str(tiny(seed=0)), dtype="bfloat16", device="cuda", enforce_eager=eager) as llm:
         output = llm.generate(
             PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
         )

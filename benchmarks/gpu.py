@@ -1,0 +1,291 @@
+"""How near a step on one GPU comes to what its memory allows, and what layer parallelism saves there.
+
+In process, without Ray, random weights of published shapes, so that no file need be had:
+
+    decode    Llama 3.1 8B's shape, bfloat16, one request: a pass, its logits, the best token read by
+              the host, as in a step of the engine; launched anew and played from a graph
+    bound     the bytes that such a pass must read, at the bandwidth of a copy on the device
+    draft     Llama 3.2 1B's shape: a round of 5 drafts, exact and with layers side by side, with
+              graphs and without; the host reads once at the end
+
+Where there is no GPU it runs a small shape on the CPU: that shows that it runs, and no more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import report
+from paceline.parallel.collectives import Alone
+from paceline.parallel.layer import exact_groups, layer_groups
+from paceline.parallel.mesh import Axis
+from paceline.runtime.inputs import Segment
+from paceline.runtime.kv.pool import BlockTable
+from paceline.runtime.models.arch import Architecture, Rope
+from paceline.runtime.models.graphs import Recorder, record_cuda
+from paceline.runtime.models.llama import Decoder, load_decoder
+from paceline.runtime.models.model import Model
+from paceline.runtime.models.weights import Checkpoint
+from paceline.runtime.spec.layer_parallel import LayerParallel, Placement, Policy
+
+EXPECTED = {"decode_over_copy_bound": (">=", 0.8)}
+CONTEXT = 256
+"""Tokens in the KV before the first that is timed."""
+DRAFTS = 5
+
+# from the models' config.json
+LLAMA_8B = Architecture(
+    family="llama",
+    vocab_size=128256,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    ff_size=14336,
+    norm_eps=1e-5,
+    max_position=131072,
+    rope=Rope(theta=500000.0),
+    tied_embeddings=False,
+    dtype="bfloat16",
+)
+LLAMA_1B = replace(
+    LLAMA_8B, hidden_size=2048, num_layers=16, head_dim=64, ff_size=8192, tied_embeddings=True
+)
+
+
+def small(arch: Architecture) -> Architecture:
+    """The same with a hundredth of the weights."""
+    return replace(
+        arch,
+        vocab_size=4096,
+        hidden_size=arch.hidden_size // 8,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        ff_size=arch.ff_size // 8,
+    )
+
+
+class Noise(Checkpoint):
+    """Random weights of any shape, made where they are wanted."""
+
+    def __init__(self, arch: Architecture, device: torch.device) -> None:
+        self.folder = Path("noise")
+        self._arch, self._device = arch, device
+        self._random = torch.Generator(device).manual_seed(0)
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def check_shape(self, name: str, shape: Sequence[int]) -> None:
+        """All shapes are as they should be."""
+
+    def read(self, name: str, *, rows: range | None = None, columns: range | None = None) -> Tensor:
+        arch, heads = self._arch, self._arch.num_heads * self._arch.head_dim
+        if "norm" in name:
+            return torch.ones(arch.hidden_size, device=self._device)
+        inputs = {"o_proj": heads, "down_proj": arch.ff_size}.get(
+            name.split(".")[-2], arch.hidden_size
+        )
+        num_rows = arch.hidden_size if rows is None else len(rows)
+        num_columns = inputs if columns is None else len(columns)
+        weight = torch.randn(
+            num_rows, num_columns, device=self._device, generator=self._random, dtype=torch.float32
+        )
+        return weight * inputs**-0.5
+
+
+class Request:
+    """One, with a context that nobody has computed: its keys and values are zeros."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._table = BlockTable()
+        self._table.extend(range(model.pool.num_blocks))
+
+    def token(self, run: Callable[..., Tensor], token_T: Tensor, *, position: int) -> Tensor:
+        """The best token after this one, `[1]`, on the device."""
+        segment = Segment(num_rows=1, end=position + 1, table=self._table)
+        h_TE = run(self._model.rows(token_T, [segment]))
+        return self._model.decoder.logits(h_TE).argmax(-1)
+
+
+class Text(Request):
+    """One that goes on, token by token."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self._latest_T, self._position = model.tokens([1]), CONTEXT
+
+    def step(self) -> None:
+        """A pass, its logits, and the best token on the host."""
+        run = self._model.decoder.exact
+        self._latest_T = self.token(run, self._latest_T, position=self._position)
+        self._latest_T.tolist()
+        self._position += 1
+
+
+def make_model(decoder: Decoder, device: torch.device, record: Recorder | None) -> Model:
+    return Model(
+        decoder,
+        num_blocks=64,
+        block_size=16,
+        max_len=1024,
+        kv_dtype=decoder.groups[0].dtype,
+        device=device,
+        record=record,
+    )
+
+
+def make_decoder(
+    arch: Architecture, device: torch.device, *, groups: tuple[tuple[int, ...], ...]
+) -> Decoder:
+    return load_decoder(
+        Noise(arch, device),
+        arch,
+        groups=groups,
+        axis=Axis(size=1, index=0, collectives=Alone()),
+        dtype=torch.bfloat16,
+        device=device,
+    )
+
+
+def copied_per_s(device: torch.device, *, num_bytes: int) -> float:
+    """Bytes read and written per second by a copy on the device."""
+    source = torch.ones(num_bytes // 2, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    seconds = timed(device, lambda: target.copy_(source), repeats=20)
+    return 2 * num_bytes / median(seconds)
+
+
+def timed(device: torch.device, run: Callable[[], object], *, repeats: int) -> list[float]:
+    found = []
+    for number in range(repeats + 3):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        if number >= 3:
+            found.append(time.perf_counter() - start)
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def must_read(arch: Architecture) -> int:
+    """Bytes of a pass of one row: all weights but the embedding, and the KV of the context."""
+    E, D = arch.hidden_size, arch.head_dim
+    attention = E * D * 2 * (arch.num_heads + arch.num_kv_heads)
+    per_layer = attention + 3 * E * arch.ff_size + 2 * arch.num_kv_heads * D * CONTEXT
+    return 2 * (arch.num_layers * per_layer + E * arch.vocab_size)
+
+
+def decode(device: torch.device, arch: Architecture, *, tokens: int) -> list[report.Row]:
+    """Seconds per token, launched and played."""
+    decoder = make_decoder(arch, device, groups=exact_groups(arch.num_layers))
+    rows = []
+    for played in ways(device):
+        model = make_model(decoder, device, record_cuda(device) if played else None)
+        seconds = timed(device, Text(model).step, repeats=tokens)
+        rows.append(
+            {"what": "token", "played": played, "ms": median(seconds) * 1e3, "all": seconds}
+        )
+    return rows
+
+
+def draft(device: torch.device, arch: Architecture, *, rounds: int) -> list[report.Row]:
+    """Seconds per round of drafts, exact and side by side, launched and played."""
+    groups = layer_groups(arch.num_layers, size=4)
+    decoder = make_decoder(arch, device, groups=groups)
+    rows = []
+    for played in ways(device):
+        model = make_model(decoder, device, record_cuda(device) if played else None)
+        request, first = Request(model), model.tokens([1])
+        forms: dict[str, Callable[..., Tensor]] = {"exact": decoder.exact}
+        for policy in Policy:
+            forms[f"N = 4, {policy.value}"] = LayerParallel(
+                decoder, policy=policy, placement=Placement.TENSOR, axis=decoder.axis
+            ).grouped
+        for name, form in forms.items():
+            run = partial(one_round, request, form, first)
+            seconds = timed(device, run, repeats=rounds)
+            rows.append(
+                {"what": name, "played": played, "ms": median(seconds) * 1e3, "all": seconds}
+            )
+    return rows
+
+
+def one_round(request: Request, form: Callable[..., Tensor], first: Tensor) -> None:
+    """Drafts one after another; the host reads all of them at the end."""
+    token_T, drafts = first, []
+    for number in range(DRAFTS):
+        token_T = request.token(form, token_T, position=CONTEXT + number)
+        drafts.append(token_T)
+    torch.cat(drafts).tolist()
+
+
+def ways(device: torch.device) -> tuple[bool, ...]:
+    return (False, True) if device.type == "cuda" else (False,)
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = vars(report.parser(__doc__).parse_args())
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    on_gpu = device.type == "cuda"
+    large, drafter = (LLAMA_8B, LLAMA_1B) if on_gpu else (small(LLAMA_8B), small(LLAMA_1B))
+    count = 16 if args["quick"] else 128
+    settings: dict[str, Any] = {
+        "device": str(device),
+        "target": "Llama 3.1 8B's shape" if on_gpu else "a small shape",
+        "drafter": "Llama 3.2 1B's shape" if on_gpu else "a small shape",
+        "context": CONTEXT,
+        "drafts": DRAFTS,
+        "samples": count,
+    }
+    made = report.Report(name="gpu", settings=settings, expected=EXPECTED if on_gpu else {})
+    report.say(f"a copy on {device}")
+    bandwidth = copied_per_s(device, num_bytes=2**31 if on_gpu else 2**26)
+    bound_ms = must_read(large) / bandwidth * 1e3
+    report.say("tokens of the target")
+    made.rows += decode(device, large, tokens=count)
+    report.say("rounds of the drafter")
+    made.rows += draft(device, drafter, rounds=count)
+    fastest = min(row["ms"] for row in made.rows if row["what"] == "token")
+    made.ratios["decode_over_copy_bound"] = bound_ms / fastest
+    for played in ways(device):
+        drafting = {
+            row["what"]: row["ms"]
+            for row in made.rows
+            if row["played"] == played and row["what"] != "token"
+        }
+        grouped = min(ms for name, ms in drafting.items() if name != "exact")
+        made.ratios["grouped_drafting_speedup" + ("_played" if played else "")] = (
+            drafting["exact"] / grouped
+        )
+    if on_gpu:
+        of_token = [row["ms"] for row in made.rows if row["what"] == "token"]
+        made.ratios["played_over_launched"] = of_token[0] / of_token[1]
+    made.notes["copy, GB/s read and written"] = round(bandwidth / 1e9, 1)
+    made.notes["bound, ms per token"] = round(bound_ms, 4)
+    shown = [{key: row[key] for key in ("what", "played", "ms")} for row in made.rows]
+    made.print(["what", "played", "ms"], shown)
+    made.write(args["output"])
+
+
+if __name__ == "__main__":
+    main()
