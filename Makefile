@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 READY := $(VENV)/.ready
-BENCHES := speculation layer_parallel trees pipeline startup scheduler serve kv kv_faults disaggregation overload soak chaos
+BENCHES := speculation layer_parallel trees pipeline startup scheduler serve kv kv_faults disaggregation overload soak chaos gpu
 
 .PHONY: setup demo test check audit bench proto clean
 

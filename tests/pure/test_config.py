@@ -43,6 +43,8 @@ GENERATE_FLAGS = [
     "--enable-prefix-caching",
     "--no-enable-prefix-caching",
     "--gpu-memory-utilization",
+    "--enforce-eager",
+    "--no-enforce-eager",
     "--kv-cache-memory",
     "--kv-sink-tokens",
     "--kv-window",
