@@ -214,7 +214,9 @@ class ShardGroup:
         self, places: list[handles.ShardPlace], target_size: int, draft_size: int
     ) -> list[RankSpec]:
         config = self._config
-        port = handles.port_of(self._shards[0]) if len(places) > 1 else 0
+        port = 0
+        if len(places) > 1:
+            port = handles.port_of(self._shards[0], timeout_s=config.load_timeout_s)
         nodes = [place.node_id for place in places]
         num_threads, shared_memory = shared_cores(config)
         return [

@@ -144,8 +144,10 @@ def stacks_of(places: list[ShardPlace]) -> list[str]:
     return found
 
 
-def port_of(shard: ShardHandle) -> int:
-    return int(_get(_actor(shard).free_port.remote(), timeout_s=CALL_TIMEOUT_S, what="a free port"))
+def port_of(shard: ShardHandle, *, timeout_s: float) -> int:
+    """A free port where a shard is. Its process reads torch first, from wherever that is kept."""
+    answer = _get(_actor(shard).free_port.remote(), timeout_s=timeout_s, what="a rank to start")
+    return int(answer)
 
 
 def run_shard(
