@@ -27,8 +27,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ from paceline.runtime.kv.pool import BlockTable, KvPool
 from paceline.runtime.layers.cpu_kernels import Pass
 from paceline.runtime.layers.cpu_pass import Form, SmallPasses
 from paceline.runtime.layers.rope import RopeTable
-from paceline.runtime.layers.sight import Sight, outline, tell
+from paceline.runtime.layers.sight import Sight, tell
 
 MOST_NODES = 64
 """Rows that a tree may have in the KV: bits of a word (`config.MOST_TREE_ROWS`)."""
@@ -63,12 +62,15 @@ class Segment:
         """The slot of the first row."""
         return self.end - self.num_rows
 
+    @property
+    def leaves_sinks(self) -> bool:
+        """Whether some row's window has left the sinks behind."""
+        return self.window > 0 and self.end > self.sinks + self.window
 
-class Graphs(Protocol):
-    """Passes of a model that were recorded and are played again (`models/graphs.py`)."""
-
-    def run(self, form: Form, compute: Callable[[Rows], Tensor], rows: Rows) -> Tensor:
-        """What `compute` makes of `rows`, `[T, E]`. `form` names it."""
+    @property
+    def sink_limit(self) -> int:
+        """Rows look at sinks as if they stood no further than here."""
+        return self.sinks + self.window - 1 if self.window else self.end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ class Rows:
     """Of the scores."""
     sight: Sight | None = None
     """What attention in torch goes by."""
-    graphs: Graphs | None = None
+    play: Play | None = None
     """What plays the pass at once, where a device's launches would take longer than its work."""
     native: Pass | None = None
     """What the compiled kernels go by, where those run."""
@@ -100,6 +102,10 @@ class Rows:
         return self.token_ids.shape[0]
 
 
+Play = Callable[[Form, Callable[[Rows], Tensor], Rows], Tensor]
+"""What the function makes of the rows, `[T, E]`, recorded before; the form names it (`models/graphs.py`)."""
+
+
 def pack(
     token_ids_T: Tensor,
     segments: Sequence[Segment],
@@ -109,7 +115,7 @@ def pack(
     scale: float,
     native: bool,
     small: SmallPasses | None = None,
-    graphs: Graphs | None = None,
+    play: Play | None = None,
     written: Callable[[int], None] | None = None,
 ) -> Rows:
     """Rows for a pass over `segments`, whose tokens are `token_ids_T`, `[T]` on the device."""
@@ -129,29 +135,26 @@ def pack(
     assert len(positions) == token_ids_T.shape[0], (
         f"expected {len(positions)} tokens, found {token_ids_T.shape[0]}"
     )
+    sight = None
+    if not native and play is None:
+        words, given = tell(segments, positions, block_size=pool.block_size)
+        words_W = torch.tensor(words).to(token_ids_T.device)
+        sight = Sight(words_W, given, rope=rope, block_size=pool.block_size)
     rows = Rows(
         token_ids=token_ids_T,
         positions=positions,
         segments=segments,
         pool=pool,
         scale=scale,
+        sight=sight,
+        play=play,
         native=Pass() if native else None,
         small=small if native and small and len(positions) <= small.most_rows else None,
-        graphs=graphs,
         written=written,
     )
     if rows.native is not None:
         _fill(rows.native, rows, starts, rope)
-    elif graphs is None:
-        rows = replace(rows, sight=_sight(rows, rope))
     return rows
-
-
-def _sight(rows: Rows, rope: RopeTable) -> Sight:
-    size = rows.pool.block_size
-    given = outline(rows.segments, block_size=size)
-    words = torch.tensor(tell(rows.segments, rows.positions, given, block_size=size))
-    return Sight(words.to(rows.token_ids.device), given, rope=rope, block_size=size)
 
 
 def _check_tree(segment: Segment) -> None:
@@ -201,13 +204,11 @@ def _fill_rotations(native: Pass, rows: Rows, rope: RopeTable) -> None:
     rotation = rope.rotation(positions_T, largest=max(segment.end for segment in segments))
     rows._alive.append(rotation)
     native.cos, native.sin = rotation.cos.data_ptr(), rotation.sin.data_ptr()
-    if any(segment.window and segment.end > segment.sinks + segment.window for segment in segments):
+    if any(segment.leaves_sinks for segment in segments):
         counts = torch.tensor([segment.num_rows for segment in segments])
-        limits = torch.tensor(
-            [s.sinks + s.window - 1 if s.window else s.end for s in segments], dtype=torch.int64
-        )
+        limits = torch.tensor([segment.sink_limit for segment in segments], dtype=torch.int64)
         limit_T = limits.repeat_interleave(counts)
-        furthest = max(min(s.end, s.sinks + s.window) if s.window else s.end for s in segments)
+        furthest = max(min(segment.end, segment.sink_limit + 1) for segment in segments)
         at_sinks = rope.rotation(torch.minimum(positions_T, limit_T), largest=furthest)
         rows._alive.append(at_sinks)
         native.sink_cos, native.sink_sin = at_sinks.cos.data_ptr(), at_sinks.sin.data_ptr()

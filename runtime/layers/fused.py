@@ -39,6 +39,7 @@ def fusing() -> Iterator[None]:
 
 def fused(function: Callable[Given, Made]) -> Callable[Given, Made]:
     """Marks a function of tensors alone, without branches on what they hold."""
+    # not before it is wanted: torch's compiler takes a second to read
     compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
 
     @functools.wraps(function)

@@ -66,38 +66,34 @@ class Outline(NamedTuple):
         return count
 
 
-def outline(segments: Sequence[Segment], *, block_size: int) -> Outline:
-    """Of exactly these segments."""
-    return Outline(
-        num_rows=sum(segment.num_rows for segment in segments),
+def tell(
+    segments: Sequence[Segment], positions: Sequence[int], *, block_size: int
+) -> tuple[list[int], Outline]:
+    """The pass in words, and the outline of exactly these segments."""
+    alike = _alike(segments)
+    given = Outline(
+        num_rows=len(positions),
         batches=tuple(
-            Batch(len(alike), num_rows, max(-(-each.end // block_size) for _, each in alike))
-            for num_rows, alike in _alike(segments).items()
+            Batch(len(found), num_rows, max(-(-each.end // block_size) for _, each in found))
+            for num_rows, found in alike.items()
         ),
-        sinks=any(s.window and s.end > s.sinks + s.window for s in segments),
+        sinks=any(segment.leaves_sinks for segment in segments),
         trees=any(segment.masks for segment in segments),
         furthest=max(segment.end for segment in segments),
     )
-
-
-def tell(
-    segments: Sequence[Segment], positions: Sequence[int], given: Outline, *, block_size: int
-) -> list[int]:
-    """The pass in words of its own outline."""
     slots: list[int] = []
     limits: list[int] = []
     for segment in segments:
         slots += segment.table.slots(segment.start, segment.end, block_size=block_size)
         if given.sinks:
-            limit = segment.sinks + segment.window - 1 if segment.window else segment.end
-            limits += [limit] * segment.num_rows
+            limits += [segment.sink_limit] * segment.num_rows
     words = [*positions, *slots, *limits]
-    for (num_rows, alike), batch in zip(_alike(segments).items(), given.batches, strict=True):
-        if len(given.batches) > 1:
-            for start, _ in alike:
+    for (num_rows, found), batch in zip(alike.items(), given.batches, strict=True):
+        if len(alike) > 1:
+            for start, _ in found:
                 words.extend(range(start, start + num_rows))
-        words += _about([segment for _, segment in alike], batch, given, block_size=block_size)
-    return words
+        words += _about([segment for _, segment in found], batch, given, block_size=block_size)
+    return words, given
 
 
 def tell_padded(

@@ -23,11 +23,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from paceline.runtime.inputs import Rows, Segment
+from paceline.runtime.inputs import Play, Rows, Segment
 from paceline.runtime.kv.pool import KvPool
 from paceline.runtime.layers.cpu_pass import Form
 from paceline.runtime.layers.fused import fusing
@@ -71,22 +72,23 @@ class GraphedPasses:
     def num_recorded(self) -> int:
         return len(self._graphs)
 
-    def fit(self, segments: Sequence[Segment]) -> bool:
-        """Whether a pass over these may be played."""
-        if any(s.window and s.end > s.sinks + s.window for s in segments):
-            return False
+    def fit(self, segments: Sequence[Segment]) -> Play | None:
+        """What plays a pass over these; None where it must be launched."""
+        if any(segment.leaves_sinks for segment in segments):
+            return None
         padded = _padded(segments, self._pool.block_size)
         (batch,) = padded.batches
         num_seen = batch.num_segments * batch.num_blocks * self._pool.block_size
-        return (
-            padded.num_rows <= MOST_ROWS
-            and num_seen <= MOST_SEEN
-            and max(segment.end for segment in segments) <= self._rope.num_ready
-        )
+        if padded.num_rows > MOST_ROWS or num_seen > MOST_SEEN:
+            return None
+        if max(segment.end for segment in segments) > self._rope.num_ready:
+            return None
+        return partial(self._run, padded)
 
-    def run(self, form: Form, compute: Callable[[Rows], Tensor], rows: Rows) -> Tensor:
-        """`compute(rows)`, `[T, E]`, which `form` names. Reads nothing from the device."""
-        padded = _padded(rows.segments, self._pool.block_size)
+    def _run(
+        self, padded: Outline, form: Form, compute: Callable[[Rows], Tensor], rows: Rows
+    ) -> Tensor:
+        """Reads nothing from the device."""
         words, places = tell_padded(
             rows.segments,
             rows.positions,

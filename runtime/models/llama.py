@@ -245,8 +245,8 @@ class Decoder:
         """The model as it was trained, one layer after another: `[T, E]` before the final norm."""
         if rows.small is not None and rows.small.runs_whole and rows.written is None:
             return rows.small.whole(rows, "exact")
-        if rows.graphs is not None:
-            return rows.graphs.run("exact", self.exact, rows)
+        if rows.play is not None:
+            return rows.play("exact", self.exact, rows)
         h_TE, delta_TE = self.embed(rows), None
         with torch_together():
             for group in self.groups:

@@ -102,7 +102,9 @@ class Model:
     ) -> Rows:
         """A packed pass over `token_ids_T`, segment after segment. `written` is told of each layer
         whose keys and values are in the pool."""
-        plays = self.graphs is not None and written is None and self.graphs.fit(segments)
+        play = None
+        if self.graphs is not None and written is None:
+            play = self.graphs.fit(segments)
         return pack(
             token_ids_T,
             segments,
@@ -111,7 +113,7 @@ class Model:
             scale=self._scale,
             native=self._native,
             small=self._small,
-            graphs=self.graphs if plays else None,
+            play=play,
             written=written,
         )
 

@@ -93,8 +93,8 @@ class LayerParallel:
         KV rows."""
         if rows.small is not None and rows.small.runs_whole and self._whole:
             return rows.small.whole(rows, self.form)
-        if rows.graphs is not None:
-            return rows.graphs.run(self.form, self.grouped, rows)
+        if rows.play is not None:
+            return rows.play(self.form, self.grouped, rows)
         h_TE, delta_TE = self._decoder.embed(rows), None
         with torch_together():
             for group, side_by_side in zip(self._decoder.groups, self._groups, strict=True):
