@@ -26,8 +26,9 @@ from torch import Tensor
 
 from benchmarks import report
 from paceline.parallel.collectives import Alone
-from paceline.parallel.layer import exact_groups, layer_groups
+from paceline.parallel.layer import Groups, exact_groups, layer_groups
 from paceline.parallel.mesh import Axis
+from paceline.runtime.costmodel.shapes import SHAPES, Shape
 from paceline.runtime.inputs import Segment
 from paceline.runtime.kv.pool import BlockTable
 from paceline.runtime.models.arch import Architecture, Rope
@@ -42,38 +43,39 @@ CONTEXT = 256
 """Tokens in the KV before the first that is timed."""
 DRAFTS = 5
 
-# from the models' config.json
-LLAMA_8B = Architecture(
-    family="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    ff_size=14336,
-    norm_eps=1e-5,
-    max_position=131072,
-    rope=Rope(theta=500000.0),
-    tied_embeddings=False,
-    dtype="bfloat16",
-)
-LLAMA_1B = replace(
-    LLAMA_8B, hidden_size=2048, num_layers=16, head_dim=64, ff_size=8192, tied_embeddings=True
-)
+LLAMA_8B, LLAMA_1B = SHAPES["Llama-3.1-8B"], SHAPES["Llama-3.2-1B"]
 
 
-def small(arch: Architecture) -> Architecture:
+def small(shape: Shape) -> Shape:
     """The same with a hundredth of the weights."""
     return replace(
-        arch,
+        shape,
         vocab_size=4096,
-        hidden_size=arch.hidden_size // 8,
+        hidden_size=shape.hidden_size // 8,
         num_layers=8,
         num_heads=8,
         num_kv_heads=2,
         head_dim=64,
-        ff_size=arch.ff_size // 8,
+        ff_size=shape.ff_size // 8,
+    )
+
+
+def architecture(shape: Shape) -> Architecture:
+    """A Llama of this shape."""
+    return Architecture(
+        family="llama",
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        ff_size=shape.ff_size,
+        norm_eps=1e-5,
+        max_position=131072,
+        rope=Rope(theta=500000.0),
+        tied_embeddings=shape.tied_embeddings,
+        dtype="bfloat16",
     )
 
 
@@ -148,9 +150,8 @@ def make_model(decoder: Decoder, device: torch.device, record: Recorder | None) 
     )
 
 
-def make_decoder(
-    arch: Architecture, device: torch.device, *, groups: tuple[tuple[int, ...], ...]
-) -> Decoder:
+def make_decoder(shape: Shape, device: torch.device, *, groups: Groups) -> Decoder:
+    arch = architecture(shape)
     return load_decoder(
         Noise(arch, device),
         arch,
@@ -186,17 +187,17 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def must_read(arch: Architecture) -> int:
-    """Bytes of a pass of one row: all weights but the embedding, and the KV of the context."""
-    E, D = arch.hidden_size, arch.head_dim
-    attention = E * D * 2 * (arch.num_heads + arch.num_kv_heads)
-    per_layer = attention + 3 * E * arch.ff_size + 2 * arch.num_kv_heads * D * CONTEXT
-    return 2 * (arch.num_layers * per_layer + E * arch.vocab_size)
+def must_read(shape: Shape) -> int:
+    """Bytes of a pass of one row: all weights but those of the embedding that are no head's, and the
+    KV of the context."""
+    layers = shape.num_layers * (shape.attention_params + shape.mlp_params)
+    weights = (layers + shape.embedding_params) * shape.itemsize
+    return weights + CONTEXT * shape.kv_bytes_per_token
 
 
-def decode(device: torch.device, arch: Architecture, *, tokens: int) -> list[report.Row]:
+def decode(device: torch.device, shape: Shape, *, tokens: int) -> list[report.Row]:
     """Seconds per token, launched and played."""
-    decoder = make_decoder(arch, device, groups=exact_groups(arch.num_layers))
+    decoder = make_decoder(shape, device, groups=exact_groups(shape.num_layers))
     rows = []
     for played in ways(device):
         model = make_model(decoder, device, record_cuda(device) if played else None)
@@ -207,10 +208,9 @@ def decode(device: torch.device, arch: Architecture, *, tokens: int) -> list[rep
     return rows
 
 
-def draft(device: torch.device, arch: Architecture, *, rounds: int) -> list[report.Row]:
+def draft(device: torch.device, shape: Shape, *, rounds: int) -> list[report.Row]:
     """Seconds per round of drafts, exact and side by side, launched and played."""
-    groups = layer_groups(arch.num_layers, size=4)
-    decoder = make_decoder(arch, device, groups=groups)
+    decoder = make_decoder(shape, device, groups=layer_groups(shape.num_layers, size=4))
     rows = []
     for played in ways(device):
         model = make_model(decoder, device, record_cuda(device) if played else None)
