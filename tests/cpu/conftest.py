@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from paceline.parallel.launch import solo_mesh
 from paceline.runtime.config import EngineConfig, make_config
+from paceline.runtime.layers.cpu_kernels import load_kernels
 from paceline.runtime.loading import Loaded, load
 from paceline.runtime.worker import Worker
 
@@ -109,3 +110,14 @@ def make_worker(tiny: Callable[..., Path]) -> MakeWorker:
         return Worker(config, solo_mesh(), loaded=loaded)
 
     return make
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A machine without a compiler that has never had one."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    load_kernels.cache_clear()
+    yield
+    load_kernels.cache_clear()

@@ -8,7 +8,6 @@ rules; whether CUDA records it too is asked in `tests/gpu`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,6 @@ from paceline.parallel.mesh import Axis
 from paceline.runtime import loading
 from paceline.runtime.config import make_config
 from paceline.runtime.inputs import Segment
-from paceline.runtime.layers import attention, cpu_kernels
-from paceline.runtime.layers.fused import fusing
-from paceline.runtime.layers.mlp import swiglu
-from paceline.runtime.layers.norm import add_rms
 from paceline.runtime.models import graphs
 from paceline.runtime.models.arch import read_architecture
 from paceline.runtime.models.graphs import Recorder
@@ -51,13 +46,8 @@ NUM_BLOCKS = 64
 
 
 @pytest.fixture(autouse=True)
-def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def torch_alone(no_kernels: None) -> None:
     """As on a GPU: our compiled kernels are no operations of torch, and are not there."""
-    monkeypatch.setattr(cpu_kernels, "load_kernels", lambda: None)
-    for module in ("norm", "mlp", "cpu_pass", "attention"):
-        monkeypatch.setattr(f"paceline.runtime.layers.{module}.load_kernels", lambda: None)
-    for module in ("models.model", "loading", "kv.compact"):
-        monkeypatch.setattr(f"paceline.runtime.{module}.load_kernels", lambda: None)
 
 
 def make_model(
@@ -282,9 +272,6 @@ def test_graphs_are_for_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert loading.recorder(eager, mesh.target, torch.device("cuda")) is None
 
 
-# ----------------------------------------------------------------------- what moves, and what is fused
-
-
 class Moves(TorchDispatchMode):
     """Counts operations that take from the host and give to the device. The device is torch's "meta",
     which has shapes and no numbers."""
@@ -323,32 +310,3 @@ def test_the_device_is_told_of_a_pass_once(folder: Path) -> None:
         assert found.shape == (7, SHAPE["hidden_size"])
         assert moves.count == 1
     assert recorded == [0]
-
-
-def test_what_is_fused_computes_the_same() -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    for T in (1, 2, 6):
-        h_TE, delta_TE = random(T, 24), random(T, 24)
-        heads, angles = random(T, 2, 4, 8), random(2, T, 8)
-        keys, values = random(2, 5, 1, 8, 16), random(2, 5, 1, 16, 8)
-        blocks_BN = torch.tensor([[4, 1, 0]])
-        found = []
-        for how in (nullcontext(), fusing()):
-            summed = h_TE.clone()
-            with how, torch.inference_mode():
-                found.append(
-                    (
-                        add_rms(summed, delta_TE, eps=1e-5, dtype=torch.float32),
-                        summed,
-                        add_rms(summed, None, eps=1e-5, dtype=torch.float32),
-                        swiglu(h_TE),
-                        attention._turned(heads, angles[0], angles[1], torch.float32),
-                        *attention._read(keys, values, blocks_BN),
-                    )
-                )
-        for one, other in zip(*found, strict=True):
-            assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)

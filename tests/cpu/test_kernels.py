@@ -32,17 +32,6 @@ WIDTHS = [1, 7, 15, 16, 17, 32, 100, 384]
 
 
 @pytest.fixture
-def no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A machine without a compiler that has never had one."""
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    load_kernels.cache_clear()
-    yield
-    load_kernels.cache_clear()
-
-
-@pytest.fixture
 def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A machine where nothing has been built yet: the folder of what is."""
     if load_kernels() is None:
