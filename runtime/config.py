@@ -241,6 +241,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         float,
         Meta(gt=0, le=1, description="Part of a GPU's memory for weights and KV cache together."),
     ] = 0.9
+    attention_backend: Annotated[
+        Literal["auto", "flash", "sdpa"],
+        Meta(
+            description="On GPUs: flash reads KV blocks through FlashAttention, sdpa gathers them for "
+            "torch; auto takes flash where it is installed and works. CPUs have kernels of their own."
+        ),
+    ] = "auto"
     enforce_eager: Annotated[
         bool,
         Meta(

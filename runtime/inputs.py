@@ -63,6 +63,11 @@ class Segment:
         return self.end - self.num_rows
 
     @property
+    def sees_all(self) -> bool:
+        """Whether every row sees all positions up to its own, or as many as its layer lets it."""
+        return not (self.masks or self.window or self.sinks)
+
+    @property
     def leaves_sinks(self) -> bool:
         """Whether some row's window has left the sinks behind."""
         return self.window > 0 and self.end > self.sinks + self.window
@@ -114,11 +119,13 @@ def pack(
     rope: RopeTable,
     scale: float,
     native: bool,
+    pages: bool = False,
     small: SmallPasses | None = None,
     play: Play | None = None,
     written: Callable[[int], None] | None = None,
 ) -> Rows:
-    """Rows for a pass over `segments`, whose tokens are `token_ids_T`, `[T]` on the device."""
+    """Rows for a pass over `segments`, whose tokens are `token_ids_T`, `[T]` on the device. With
+    `pages`, attention is a library's that reads them, where it can."""
     positions: list[int] = []
     starts = array("i", (0,))
     for segment in segments:
@@ -137,7 +144,7 @@ def pack(
     )
     sight = None
     if not native and play is None:
-        words, given = tell(segments, positions, block_size=pool.block_size)
+        words, given = tell(segments, positions, block_size=pool.block_size, pages=pages)
         words_W = torch.tensor(words).to(token_ids_T.device)
         sight = Sight(words_W, given, rope=rope, block_size=pool.block_size)
     rows = Rows(

@@ -3,6 +3,7 @@ blocks."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from paceline.runtime.config import EngineConfig, SpeculativeConfig, parse_bytes
 from paceline.runtime.errors import ConfigError
 from paceline.runtime.kv.pool import block_bytes
 from paceline.runtime.layers.cpu_kernels import load_kernels, supports
+from paceline.runtime.layers.flash import read_pages
 from paceline.runtime.models.arch import Architecture, context_length, read_architecture
 from paceline.runtime.models.graphs import Recorder, record_cuda
 from paceline.runtime.models.llama import Decoder, load_decoder
@@ -25,6 +27,8 @@ from paceline.runtime.sampling.grammar import GrammarCompiler
 from paceline.runtime.spec.draft_model import DraftModel
 from paceline.runtime.spec.layer_parallel import LayerParallel, Placement, Policy
 from paceline.runtime.tokenizer import Tokenizer, has_tokenizer
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_KV_BYTES = 4 * 2**30
@@ -87,6 +91,7 @@ def load(config: EngineConfig, mesh: Mesh, *, target: Model | None = None) -> Lo
             device=mesh.device,
             shared=config.kv_transfer_config is not None,
             record=recorder(config, axis, mesh.device),
+            attention=page_reader(config, decoder, mesh.device),
         )
 
     draft_model = None
@@ -116,6 +121,28 @@ def recorder(config: EngineConfig, axis: Axis, device: torch.device) -> Recorder
     if config.enforce_eager or device.type != "cuda" or not sums:
         return None
     return record_cuda(device)
+
+
+def page_reader(config: EngineConfig, decoder: Decoder, device: torch.device) -> str:
+    """What reads this model's KV pages on a GPU; nothing where torch shall gather them. Raises
+    ConfigError where `attention_backend` asks for what is not to be had."""
+    wanted = config.attention_backend
+    if wanted == "sdpa" or (wanted == "auto" and device.type == "cpu"):
+        return ""
+    arch = decoder.arch
+    try:
+        return read_pages(
+            device,
+            dtype=decoder.groups[0].dtype,
+            num_queries=arch.num_heads // arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            block_size=config.block_size,
+        )
+    except ConfigError as error:
+        if wanted != "auto":
+            raise ConfigError(f"attention_backend {wanted}: {error}") from error
+        logger.warning("attention goes through torch's own, over gathered KV: %s", error)
+        return ""
 
 
 def _grammars(folder: Path, *, vocab_size: int) -> GrammarCompiler | None:

@@ -6,7 +6,9 @@
     table of a request       position p lies in block table[p // P], in tile p % P // 16, at p % 16
 
 Sixteen tokens of all units lie side by side, so that a request's KV is read in runs as long as its
-blocks.
+blocks. That is for CPUs; on GPUs, where libraries read the pages, blocks lie as those expect them:
+
+    group 0   [blocks, 2, P, units, D]            keys, then values
 
 Letters: P tokens of a block, D head width, U units, I tiles of a block (P / 16).
 
@@ -48,9 +50,10 @@ class KvPool:
         device: torch.device,
         shared: bool = False,
         scratch: bool = False,
+        tiled: bool = True,
     ) -> None:
         """`units[g]` is how many (layer, KV head) pairs group g has on this rank. With `scratch` there
-        is one block more, for rows that nobody reads.
+        is one block more, for rows that nobody reads. `tiled` false lays them out for libraries.
 
         A `shared` pool lies in a memfd, for other processes to map. Raises ConfigError where there
         is none to be had.
@@ -59,9 +62,13 @@ class KvPool:
         self.block_size = block_size
         self.head_dim = head_dim
         assert block_size % TILE == 0, f"expected blocks of whole tiles, found {block_size}"
-        shape = (num_blocks + scratch, block_size // TILE)
-        width = 2 * TILE * head_dim
-        shapes = [(*shape, count, width) for count in units]
+        assert tiled or not shared, "expected tiles where another engine reads them"
+        self.tiled = tiled
+        total, num_tiles, width = num_blocks + scratch, block_size // TILE, 2 * TILE * head_dim
+        shapes: list[tuple[int, ...]] = [
+            (total, num_tiles, count, width) if tiled else (total, 2, block_size, count, head_dim)
+            for count in units
+        ]
         self.shared: SharedMemory | None = None
         if shared:
             self.shared = SharedMemory([math.prod(s) * dtype.itemsize for s in shapes], device)
@@ -74,15 +81,25 @@ class KvPool:
 
     def keys(self, group: int) -> Tensor:
         """`[U, blocks, I, D, 16]`: a view, to read and to write."""
+        if not self.tiled:
+            return _in_tiles(self.pages(group)[0]).transpose(3, 4)
         pages = self.groups[group]
         part = pages[..., : TILE * self.head_dim]
         return part.view(*pages.shape[:3], self.head_dim, TILE).permute(2, 0, 1, 3, 4)
 
     def values(self, group: int) -> Tensor:
         """`[U, blocks, I, 16, D]`: a view."""
+        if not self.tiled:
+            return _in_tiles(self.pages(group)[1])
         pages = self.groups[group]
         part = pages[..., TILE * self.head_dim :]
         return part.view(*pages.shape[:3], TILE, self.head_dim).permute(2, 0, 1, 3, 4)
+
+    def pages(self, group: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a pool without tiles, `[blocks, P, U, D]` each: views."""
+        assert not self.tiled, "expected blocks as libraries read them"
+        keys, values = self.groups[group].unbind(1)
+        return keys, values
 
     @property
     def scratch_slot(self) -> int:
@@ -104,6 +121,12 @@ class KvPool:
     @property
     def num_bytes(self) -> int:
         return sum(group.numel() * group.element_size() for group in self.groups)
+
+
+def _in_tiles(pages: Tensor) -> Tensor:
+    """`[blocks, P, U, D]` as `[U, blocks, I, 16, D]`: a view."""
+    blocks, size, units, width = pages.shape
+    return pages.view(blocks, size // TILE, TILE, units, width).permute(3, 0, 1, 2, 4)
 
 
 class SharedMemory:

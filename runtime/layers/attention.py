@@ -7,10 +7,11 @@ The query heads of a unit share a key, so they are folded into rows: one batched
 whatever the number of layers the units come from. That is what lets a group of layers run as one
 wide layer.
 
-Two forms of one computation: a compiled kernel on CPUs, and torch operations, which serve every
-device and are what the kernel is tested against. Segments of equally many rows go through torch
-together, padded to the longest (`sight.py`); nothing there asks the host or tells it anything, so
-that a pass may be recorded and played again.
+Three forms of one computation: a compiled kernel on CPUs; FlashAttention on GPUs, which reads the
+pages (`flash.py`); and torch operations over keys and values that are gathered, which serve every
+device and every mask and are what the others are tested against. There segments of equally many rows
+go together, padded to the longest (`sight.py`). On a device nothing asks the host or tells it
+anything, so that a pass may be recorded and played again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from paceline.runtime.inputs import Rows
 from paceline.runtime.layers.cpu_kernels import load_kernels
+from paceline.runtime.layers.flash import attend_pages
 from paceline.runtime.layers.fused import fused
 from paceline.runtime.layers.rope import Rotation, rotate
 from paceline.runtime.layers.sight import Seen, Sight
@@ -64,11 +66,17 @@ def _attend_torch(
         pool.keys(group)[units.start : units.stop],
         pool.values(group)[units.start : units.stop],
     )
-    turned = _turned(heads, sight.rotation.cos, sight.rotation.sin, keys.dtype)  # [T, U, G+1, D]
+    # [T, U, G, D] and [T, U, D]
+    queries, key = _turned(heads, sight.rotation.cos, sight.rotation.sin, keys.dtype)
     blocks_T, tiles_T, lanes_T = sight.blocks_T, sight.tiles_T, sight.lanes_T
-    keys[:, blocks_T, tiles_T, :, lanes_T] = turned[:, :, G]  # advanced indices apart: [T, U, D]
+    keys[:, blocks_T, tiles_T, :, lanes_T] = key  # advanced indices apart: [T, U, D]
     values[:, blocks_T, tiles_T, lanes_T] = heads[:, :, G + 1].transpose(0, 1).to(values.dtype)
-    queries = turned[:, :, :G]
+    if sight.pages is not None:
+        keys, values = (part[:, :, units.start : units.stop] for part in pool.pages(group))
+        context = attend_pages(
+            queries.flatten(1, 2), keys, values, sight.pages, window=window, scale=rows.scale
+        )
+        return context.flatten(1)
     at_sinks = None
     if sight.sink_rotation is not None:
         at_sinks = rotate(heads[:, :, :G], sight.sink_rotation).to(keys.dtype)
@@ -124,9 +132,10 @@ def _mix_with_sinks(
 
 
 @fused
-def _turned(heads: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Query heads and key of `[T, U, G+2, D]`."""
-    return rotate(heads[:, :, :-1], Rotation(cos=cos, sin=sin)).to(dtype)
+    turned = rotate(heads[:, :, :-1], Rotation(cos=cos, sin=sin)).to(dtype)
+    return turned[:, :, :-1].contiguous(), turned[:, :, -1]
 
 
 @fused

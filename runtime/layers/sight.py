@@ -9,9 +9,15 @@ A batch is segments of equally many rows, which go through attention as one prod
 there is not told either: sink limits where nobody looks at sinks from a window, masks where there
 is no tree, rows where one batch is the whole pass.
 
+A kernel that finds its way through pages by itself (`flash.py`) needs no more than
+
+    positions T | slots T | first rows B+1 | ends B | blocks B*N
+
+for rows that see all before them; others are told as above.
+
 An outline says how long every part is. A graph is recorded for an outline, and passes that are
 smaller are padded to it: rows of padding stand at position 0, see that alone, and write to a block
-that nobody reads.
+that nobody reads. For a kernel that reads pages they belong to nobody, and see nothing.
 
 Letters: T rows of the pass, B segments, R rows of a segment, N blocks, S positions in them, G query
 heads per unit.
@@ -21,6 +27,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -41,7 +48,7 @@ class Batch(NamedTuple):
 
     num_segments: int
     num_rows: int
-    """Of each."""
+    """Of each; where pages are read, of the one that has most."""
     num_blocks: int
     """Of the longest."""
 
@@ -51,6 +58,8 @@ class Outline(NamedTuple):
 
     num_rows: int
     batches: tuple[Batch, ...]
+    pages: bool = False
+    """Whether attention reads the pages themselves. Then one batch is the whole pass."""
     sinks: bool = False
     """Whether some segment looks at sinks from a window that has left them."""
     trees: bool = False
@@ -60,34 +69,73 @@ class Outline(NamedTuple):
     @property
     def num_words(self) -> int:
         """Integers that tell a pass of this outline."""
+        if self.pages:
+            ((B, _, N),) = self.batches
+            return 2 * self.num_rows + 2 * B + 1 + B * N
         count = (3 if self.sinks else 2) * self.num_rows
         for B, R, N in self.batches:
             count += B * (N + 3) + B * R * ((len(self.batches) > 1) + self.trees)
         return count
 
 
+class Pages(NamedTuple):
+    """Whose rows are which, and what they may read."""
+
+    first_rows: Tensor
+    """`[B+1]` int32: rows of segment b are those from `first_rows[b]` on, before `first_rows[b+1]`."""
+    ends_B: Tensor
+    """int32: positions that the last row of each sees."""
+    blocks_BN: Tensor
+    """int32."""
+    first_keys: Tensor
+    """`[B+1]` int32: where keys of each would begin, were all blocks laid one after another."""
+    most_rows: int
+    """Of a segment."""
+    most_seen: int
+    """Positions in the blocks of a segment."""
+
+    @classmethod
+    def of(
+        cls,
+        first_rows: Tensor,
+        ends_B: Tensor,
+        blocks_BN: Tensor,
+        *,
+        most_rows: int,
+        block_size: int,
+    ) -> Pages:
+        B, N = blocks_BN.shape
+        most_seen = N * block_size
+        each = torch.arange(B + 1, dtype=torch.int32, device=blocks_BN.device)
+        return cls(first_rows, ends_B, blocks_BN, each * most_seen, most_rows, most_seen)
+
+
 def tell(
-    segments: Sequence[Segment], positions: Sequence[int], *, block_size: int
+    segments: Sequence[Segment], positions: Sequence[int], *, block_size: int, pages: bool = False
 ) -> tuple[list[int], Outline]:
-    """The pass in words, and the outline of exactly these segments."""
+    """The pass in words, and the outline of exactly these segments; with `pages`, for a kernel that
+    reads them, if it can."""
+    furthest = max(segment.end for segment in segments)
+    words = [*positions, *_slots(segments, block_size=block_size)]
+    if pages and all(segment.sees_all for segment in segments):
+        most_rows = max(segment.num_rows for segment in segments)
+        batch = _batch(segments, most_rows, block_size=block_size)
+        given = Outline(len(positions), (batch,), pages=True, furthest=furthest)
+        return words + _about_pages(segments, batch, block_size=block_size), given
     alike = _alike(segments)
     given = Outline(
         num_rows=len(positions),
         batches=tuple(
-            Batch(len(found), num_rows, max(-(-each.end // block_size) for _, each in found))
+            _batch([segment for _, segment in found], num_rows, block_size=block_size)
             for num_rows, found in alike.items()
         ),
         sinks=any(segment.leaves_sinks for segment in segments),
         trees=any(segment.masks for segment in segments),
-        furthest=max(segment.end for segment in segments),
+        furthest=furthest,
     )
-    slots: list[int] = []
-    limits: list[int] = []
-    for segment in segments:
-        slots += segment.table.slots(segment.start, segment.end, block_size=block_size)
-        if given.sinks:
-            limits += [segment.sink_limit] * segment.num_rows
-    words = [*positions, *slots, *limits]
+    if given.sinks:
+        for segment in segments:
+            words += [segment.sink_limit] * segment.num_rows
     for (num_rows, found), batch in zip(alike.items(), given.batches, strict=True):
         if len(alike) > 1:
             for start, _ in found:
@@ -108,14 +156,32 @@ def tell_padded(
     `scratch` is the slot where padding writes."""
     (batch,) = given.batches
     places: list[int] = []
-    slots: list[int] = []
-    for b, segment in enumerate(segments):
-        places.extend(range(b * batch.num_rows, b * batch.num_rows + segment.num_rows))
-        slots += segment.table.slots(segment.start, segment.end, block_size=block_size)
+    if given.pages:
+        places.extend(range(len(positions)))
+    else:
+        for b, segment in enumerate(segments):
+            places.extend(range(b * batch.num_rows, b * batch.num_rows + segment.num_rows))
+    slots = _slots(segments, block_size=block_size)
     words = [0] * given.num_rows + [scratch] * given.num_rows
     for place, position, slot in zip(places, positions, slots, strict=True):
         words[place], words[given.num_rows + place] = position, slot
-    return words + _about(segments, batch, given, block_size=block_size), places
+    if given.pages:
+        words += _about_pages(segments, batch, block_size=block_size)
+    else:
+        words += _about(segments, batch, given, block_size=block_size)
+    return words, places
+
+
+def _batch(segments: Sequence[Segment], num_rows: int, *, block_size: int) -> Batch:
+    return Batch(len(segments), num_rows, max(-(-each.end // block_size) for each in segments))
+
+
+def _slots(segments: Sequence[Segment], *, block_size: int) -> list[int]:
+    """Where each row is written."""
+    slots: list[int] = []
+    for segment in segments:
+        slots += segment.table.slots(segment.start, segment.end, block_size=block_size)
+    return slots
 
 
 def _alike(segments: Sequence[Segment]) -> dict[int, list[tuple[int, Segment]]]:
@@ -132,14 +198,9 @@ def _about(
     segments: Sequence[Segment], batch: Batch, given: Outline, *, block_size: int
 ) -> list[int]:
     """Blocks, windows, sinks, tree starts and masks of some segments, padded to a batch."""
-    B, R, N = batch
+    B, R, _ = batch
     rest = [0] * (B - len(segments))
-    words: list[int] = []
-    for segment in segments:
-        ids = segment.table.first(-(-segment.end // block_size))
-        words += ids
-        words += [0] * (N - len(ids))
-    words += rest * N
+    words = _blocks(segments, batch, block_size=block_size)
     words += [*(segment.window or ALL for segment in segments), *[ALL] * len(rest)]
     words += [*(segment.sinks for segment in segments), *rest]
     words += [*(segment.tree_start for segment in segments), *rest]
@@ -150,6 +211,25 @@ def _about(
             words += [0] * (R - segment.num_rows)
         words += rest * R
     return words
+
+
+def _about_pages(segments: Sequence[Segment], batch: Batch, *, block_size: int) -> list[int]:
+    """First rows, ends and blocks of some segments, padded to a batch: the rest has no rows."""
+    rest = batch.num_segments - len(segments)
+    words = list(accumulate((segment.num_rows for segment in segments), initial=0))
+    words += words[-1:] * rest
+    words += [*(segment.end for segment in segments), *[0] * rest]
+    return words + _blocks(segments, batch, block_size=block_size)
+
+
+def _blocks(segments: Sequence[Segment], batch: Batch, *, block_size: int) -> list[int]:
+    B, _, N = batch
+    words: list[int] = []
+    for segment in segments:
+        ids = segment.table.first(-(-segment.end // block_size))
+        words += ids
+        words += [0] * (N - len(ids))
+    return words + [0] * (N * (B - len(segments)))
 
 
 class Sight:
@@ -177,7 +257,20 @@ class Sight:
         if given.sinks:
             limited_T = torch.minimum(positions_T, take(T))
             self.sink_rotation = rope.rotation(limited_T, largest=given.furthest)
+        self.pages: Pages | None = None
         self.batches: list[Seen] = []
+        """One or more where pages are not read."""
+        if given.pages:
+            ((B, R, N),) = given.batches
+            told = take(2 * B + 1 + B * N).to(torch.int32)
+            self.pages = Pages.of(
+                told[: B + 1],
+                told[B + 1 : 2 * B + 1],
+                told[2 * B + 1 :].view(B, N),
+                most_rows=R,
+                block_size=block_size,
+            )
+            return
         for B, R, N in given.batches:
             rows_BR = take(B, R) if len(given.batches) > 1 else None
             self.batches.append(

@@ -38,8 +38,8 @@ from paceline.runtime.layers.sight import Batch, Outline, Sight, tell_padded
 MOST_ROWS = 256
 """Of a padded pass."""
 MOST_SEEN = 2**16
-"""Positions that all segments of a padded pass may see together: their keys and values are read into
-one place."""
+"""Positions that all segments of a padded pass may see together where their keys and values are read
+into one place."""
 FEWEST_SEEN = 128
 MOST_GRAPHS = 64
 """Kept at a time for each model; those not played for longest go."""
@@ -61,11 +61,19 @@ class GraphedPasses:
     """A model's passes over its KV pool, recorded as they are first met."""
 
     def __init__(
-        self, pool: KvPool, *, rope: RopeTable, scale: float, device: torch.device, record: Recorder
+        self,
+        pool: KvPool,
+        *,
+        rope: RopeTable,
+        scale: float,
+        device: torch.device,
+        record: Recorder,
+        pages: bool = False,
     ) -> None:
-        """The pool must have a scratch block."""
+        """The pool must have a scratch block. With `pages`, attention is a library's that reads
+        them."""
         self._pool, self._rope, self._scale = pool, rope, scale
-        self._device, self._record = device, record
+        self._device, self._record, self._pages = device, record, pages
         self._graphs: OrderedDict[tuple[Form, Outline], _Graph] = OrderedDict()
 
     @property
@@ -76,10 +84,10 @@ class GraphedPasses:
         """What plays a pass over these; None where it must be launched."""
         if any(segment.leaves_sinks for segment in segments):
             return None
-        padded = _padded(segments, self._pool.block_size)
+        padded = _padded(segments, self._pool.block_size, pages=self._pages)
         (batch,) = padded.batches
         num_seen = batch.num_segments * batch.num_blocks * self._pool.block_size
-        if padded.num_rows > MOST_ROWS or num_seen > MOST_SEEN:
+        if padded.num_rows > MOST_ROWS or (num_seen > MOST_SEEN and not padded.pages):
             return None
         if max(segment.end for segment in segments) > self._rope.num_ready:
             return None
@@ -138,7 +146,7 @@ class GraphedPasses:
         return graph
 
 
-def _padded(segments: Sequence[Segment], block_size: int) -> Outline:
+def _padded(segments: Sequence[Segment], block_size: int, *, pages: bool) -> Outline:
     """The outline whose graph serves a pass over these."""
     num_segments, num_rows = len(segments), max(segment.num_rows for segment in segments)
     if num_segments > 2:
@@ -150,6 +158,7 @@ def _padded(segments: Sequence[Segment], block_size: int) -> Outline:
     return Outline(
         num_rows=num_segments * num_rows,
         batches=(Batch(num_segments, num_rows, -(-num_seen // block_size)),),
+        pages=pages and all(segment.sees_all for segment in segments),
         trees=any(segment.masks for segment in segments),
     )
 

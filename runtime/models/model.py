@@ -33,11 +33,14 @@ class Model:
         use_kernels: bool = True,
         shared: bool = False,
         record: Recorder | None = None,
+        attention: str = "",
     ) -> None:
         """`use_kernels` false computes with torch alone, on a CPU too. With `shared`, other processes
-        may map the pool. `record` is what records passes of few rows, to play them again."""
+        may map the pool. `record` is what records passes of few rows, to play them again. `attention`
+        names a library that reads pages (`layers/flash.py`); none, and keys and values are gathered."""
         self.decoder = decoder
         self.device = device
+        self.attention = attention
         self.pool = KvPool(
             units_of(decoder),
             head_dim=decoder.arch.head_dim,
@@ -47,10 +50,12 @@ class Model:
             device=device,
             shared=shared,
             scratch=record is not None,
+            tiled=device.type == "cpu" and not attention,
         )
         dtypes = {group.dtype for group in decoder.groups}
         self._native = (
             use_kernels
+            and not attention
             and supports(device, kv_dtype, *dtypes, head_dim=decoder.arch.head_dim)
             and load_kernels() is not None
         )
@@ -60,7 +65,12 @@ class Model:
         """Passes that were recorded."""
         if record is not None and not self._native:
             self.graphs = GraphedPasses(
-                self.pool, rope=self._rope, scale=self._scale, device=device, record=record
+                self.pool,
+                rope=self._rope,
+                scale=self._scale,
+                device=device,
+                record=record,
+                pages=bool(attention),
             )
         packed = [group.packed for group in decoder.groups if group.packed is not None]
         self._small = None
@@ -87,7 +97,8 @@ class Model:
     def describe(self) -> str:
         """Data type and memory, for a person."""
         dtype = str(self.decoder.groups[0].dtype).removeprefix("torch.")
-        return f"{dtype}, KV {self.pool.num_bytes / 2**20:.0f} MiB"
+        attention = f", attention {self.attention}" if self.attention else ""
+        return f"{dtype}, KV {self.pool.num_bytes / 2**20:.0f} MiB{attention}"
 
     def tokens(self, token_ids: list[int]) -> Tensor:
         """`[T]` int64 on the model's device."""
@@ -112,6 +123,7 @@ class Model:
             rope=self._rope,
             scale=self._scale,
             native=self._native,
+            pages=bool(self.attention),
             small=self._small,
             play=play,
             written=written,

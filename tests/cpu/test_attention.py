@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.flash import flash_on_cpu
 from tests.paged import Place, ScatteredBlocks
 from torch import Tensor
 
@@ -143,8 +144,9 @@ def emulated(case: Case, text: Text) -> Tensor:
 # ---------------------------------------------------------------------------------------------- run
 
 
-def run(case: Case, *, native: bool) -> list[Tensor]:
-    """The same through the runtime, every pass packed: `[S, U, G, D]` per text."""
+def run(case: Case, *, native: bool, pages: bool = False) -> list[Tensor]:
+    """The same through the runtime, every pass packed: `[S, U, G, D]` per text. With `pages`, through
+    a library that reads them where it can."""
     arch, (_, of_pages, of_context) = architecture(case.head_dim), case.dtypes
     num_blocks = sum(-(-text.length // case.block_size) for text in case.texts) + 3
     pool = KvPool(
@@ -154,11 +156,12 @@ def run(case: Case, *, native: bool) -> list[Tensor]:
         block_size=case.block_size,
         dtype=of_pages,
         device=CPU,
+        tiled=not pages,
     )
     # whatever was there before: the kernel touches nothing it must not see; torch only hides it
     pool.groups[0].fill_(math.nan if native else 1e4)
     beside = [0, *range(UNITS_BESIDE + case.units, case.units + 2 * UNITS_BESIDE)]
-    before = pool.groups[0][:, :, beside].clone()
+    before = others(pool, beside)
     rope = RopeTable(arch, max_len=case.ready, device=CPU)
     blocks = ScatteredBlocks(num_blocks, seed=case.seed)
     places = [
@@ -182,6 +185,7 @@ def run(case: Case, *, native: bool) -> list[Tensor]:
             rope=rope,
             scale=case.head_dim**-0.5,
             native=native,
+            pages=pages,
         )
         heads = torch.cat([case.texts[i].heads[done[i] : done[i] + count] for i, count in taking])
         context = attend(
@@ -198,15 +202,21 @@ def run(case: Case, *, native: bool) -> list[Tensor]:
             part = context[first : first + count]
             case.texts[i].found.append(part.view(count, case.units, case.queries, -1))
             first, done[i] = first + count, done[i] + count
-    assert torch.equal(pool.groups[0][:, :, beside].nan_to_num(), before.nan_to_num()), "others' KV"
+    assert torch.equal(others(pool, beside), before), "others' KV"
     return [torch.cat(text.found).double() for text in case.texts]
 
 
-def check(case: Case, *, native: bool) -> None:
+def others(pool: KvPool, units: list[int]) -> Tensor:
+    """What lies in these units, with something in place of NaN."""
+    parts = (pool.keys(0)[units], pool.values(0)[units])
+    return torch.cat([part.flatten() for part in parts]).nan_to_num()
+
+
+def check(case: Case, *, native: bool, pages: bool = False) -> None:
     half = BF16 in case.dtypes
     for text in case.texts:
         text.found.clear()
-    for text, found in zip(case.texts, run(case, native=native), strict=True):
+    for text, found in zip(case.texts, run(case, native=native, pages=pages), strict=True):
         expected = emulated(case, text)
         difference = (found - expected).abs()
         # a token more or less, or at another angle, moves a row by tenths
@@ -246,6 +256,19 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases())
 def test_any_packing_of_any_requests_is_what_the_emulation_says(native: bool, case: Case) -> None:
     check(case, native=native)
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=cases())
+def test_a_library_that_reads_pages_gives_what_the_emulation_says(case: Case) -> None:
+    with flash_on_cpu() as calls:
+        check(case, native=False, pages=True)
+    alone = max(text.late + len(text.pieces) for text in case.texts)
+    if all(not (text.sinks or text.window) for text in case.texts):
+        assert len(calls) <= alone
+        assert sum(calls) == sum(text.length for text in case.texts)
+    if all(text.sinks or text.window for text in case.texts):
+        assert not calls
 
 
 @pytest.mark.parametrize("head_dim", [8, 12, 24, 64, 80, 96, 128, 256])

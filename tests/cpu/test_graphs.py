@@ -7,15 +7,16 @@ rules; whether CUDA records it too is asked in `tests/gpu`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.cpu.conftest import SHAPE, SaveModel
+from tests.flash import flash_on_cpu
 from tests.paged import Place, ScatteredBlocks, read_kv
 from tests.recording import record
 from torch import Tensor
@@ -51,7 +52,12 @@ def torch_alone(no_kernels: None) -> None:
 
 
 def make_model(
-    folder: Path, *, recorder: Recorder | None, size: int = 1, device: torch.device = CPU
+    folder: Path,
+    *,
+    recorder: Recorder | None,
+    size: int = 1,
+    device: torch.device = CPU,
+    attention: str = "",
 ) -> Model:
     """A small Llama in groups of `size` layers."""
     arch = read_architecture(folder)
@@ -71,15 +77,17 @@ def make_model(
         kv_dtype=torch.float32,
         device=device,
         record=recorder,
+        attention=attention,
     )
 
 
 class Both:
-    """The same passes over two models: one launches, one plays."""
+    """The same passes over two models: one launches, one plays, and reads pages if `attention` says
+    by what."""
 
-    def __init__(self, folder: Path, *, size: int = 1) -> None:
+    def __init__(self, folder: Path, *, size: int = 1, attention: str = "") -> None:
         self.launched = make_model(folder, recorder=None, size=size)
-        self.played = make_model(folder, recorder=record, size=size)
+        self.played = make_model(folder, recorder=record, size=size, attention=attention)
         self._tokens = torch.Generator().manual_seed(1)
         forms = [
             LayerParallel(
@@ -122,15 +130,26 @@ def folder(save_model: SaveModel, llama_config: Callable[..., LlamaConfig]) -> P
     return save_model(llama_config())[0]
 
 
+@pytest.fixture(params=["", "FlashAttention"], ids=["gathered", "pages"])
+def attention(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What reads pages, where that is not left to torch."""
+    with flash_on_cpu() as calls:
+        yield request.param
+    assert bool(calls) == bool(request.param)
+
+
 PIECES = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(PIECES, min_size=1, max_size=5), grouped=st.booleans())
 def test_any_passes_are_what_they_are_launched(
-    folder: Path, texts: list[list[int]], grouped: bool
+    folder: Path, attention: str, texts: list[list[int]], grouped: bool
 ) -> None:
-    both, blocks = Both(folder, size=2), ScatteredBlocks(NUM_BLOCKS, seed=len(texts))
+    both, blocks = (
+        Both(folder, size=2, attention=attention),
+        ScatteredBlocks(NUM_BLOCKS, seed=len(texts)),
+    )
     places, done = [Place(blocks) for _ in texts], [0] * len(texts)
     for number in range(max(map(len, texts))):
         taking = [i for i, pieces in enumerate(texts) if number < len(pieces)]
@@ -143,8 +162,8 @@ def test_any_passes_are_what_they_are_launched(
     assert both.num_recorded > 0
 
 
-def test_a_text_that_grows_plays_the_same_graph(folder: Path) -> None:
-    both, place = Both(folder), Place(ScatteredBlocks(NUM_BLOCKS))
+def test_a_text_that_grows_plays_the_same_graph(folder: Path, attention: str) -> None:
+    both, place = Both(folder, attention=attention), Place(ScatteredBlocks(NUM_BLOCKS))
     both.check([place.segment(start=0, num_rows=20)])
     before = both.num_recorded
     found = [both.check([place.segment(start=at, num_rows=1)]) for at in range(20, 60)]
@@ -153,8 +172,10 @@ def test_a_text_that_grows_plays_the_same_graph(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("parents", [(-1, 0, 0, 1, -1), (-1, -1, -1), (-1, 0, 1, 2)])
-def test_trees_of_other_shapes_play_the_same_graph(folder: Path, parents: tuple[int, ...]) -> None:
-    both, blocks = Both(folder), ScatteredBlocks(NUM_BLOCKS)
+def test_trees_of_other_shapes_play_the_same_graph(
+    folder: Path, attention: str, parents: tuple[int, ...]
+) -> None:
+    both, blocks = Both(folder, attention=attention), ScatteredBlocks(NUM_BLOCKS)
     places = [Place(blocks), Place(blocks)]
     both.check([place.segment(start=0, num_rows=12) for place in places])
     for start, tree in ((12, parents), (13, tuple(-1 for _ in parents)), (14, parents)):
@@ -171,8 +192,9 @@ def test_trees_of_other_shapes_play_the_same_graph(folder: Path, parents: tuple[
     assert both.num_recorded == 2, "one for the prompts, one for trees"
 
 
-def test_padding_writes_where_nobody_reads(folder: Path) -> None:
-    model, blocks = make_model(folder, recorder=record), ScatteredBlocks(NUM_BLOCKS)
+def test_padding_writes_where_nobody_reads(folder: Path, attention: str) -> None:
+    model = make_model(folder, recorder=record, attention=attention)
+    blocks = ScatteredBlocks(NUM_BLOCKS)
     places = [Place(blocks) for _ in range(3)]
     for group in model.pool.groups:
         group.fill_(7.0)
@@ -189,9 +211,11 @@ def test_padding_writes_where_nobody_reads(folder: Path) -> None:
             assert (read_kv(model.pool, group, place.table, num_rows=16)[:, :, count:] == 7.0).all()
 
 
-def test_what_does_not_fit_is_launched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_launched(
+    folder: Path, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(graphs, "MOST_ROWS", 16)
-    both, blocks = Both(folder), ScatteredBlocks(NUM_BLOCKS)
+    both, blocks = Both(folder, attention=attention), ScatteredBlocks(NUM_BLOCKS)
     long, windowed = Place(blocks), Place(blocks, sinks=4, window=16)
     both.check([long.segment(start=0, num_rows=17)])
     both.check([windowed.segment(start=0, num_rows=21)])
@@ -213,8 +237,8 @@ def test_the_graphs_not_played_for_longest_go(
         assert both.num_recorded <= 2
 
 
-def test_a_layer_s_own_window_is_kept(save_model: SaveModel) -> None:
-    both = Both(save_model(MistralConfig(**SHAPE, sliding_window=11))[0])
+def test_a_layer_s_own_window_is_kept(save_model: SaveModel, attention: str) -> None:
+    both = Both(save_model(MistralConfig(**SHAPE, sliding_window=11))[0], attention=attention)
     place = Place(ScatteredBlocks(NUM_BLOCKS))
     for at in range(0, 40, 4):
         both.check([place.segment(start=at, num_rows=4)])
@@ -223,7 +247,7 @@ def test_a_layer_s_own_window_is_kept(save_model: SaveModel) -> None:
 
 @pytest.mark.parametrize("tree", ["chain", "beam", "dynamic"])
 def test_an_engine_that_plays_writes_the_same_text(
-    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tree: str
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tree: str, attention: str
 ) -> None:
     made: list[int] = []
 
@@ -239,6 +263,7 @@ def test_an_engine_that_plays_writes_the_same_text(
     for played in (False, True):
         if played:
             monkeypatch.setattr(loading, "recorder", recorder)
+            monkeypatch.setattr(loading, "page_reader", lambda *_: attention)
         with LLM(
             str(tiny(seed=0)),
             dtype="float32",
@@ -290,7 +315,8 @@ class Moves(TorchDispatchMode):
         return made
 
 
-def test_the_device_is_told_of_a_pass_once(folder: Path) -> None:
+@pytest.mark.parametrize("attention", ["", "FlashAttention"], ids=["gathered", "pages"])
+def test_the_device_is_told_of_a_pass_once(folder: Path, attention: str) -> None:
     """Whatever the number of layers; and in what is recorded nothing is told at all."""
     recorded = []
 
@@ -303,7 +329,7 @@ def test_the_device_is_told_of_a_pass_once(folder: Path) -> None:
     meta, blocks = torch.device("meta"), ScatteredBlocks(NUM_BLOCKS)
     segments = [Place(blocks).segment(start=0, num_rows=count) for count in (3, 1, 3)]
     for recorder in (None, record_on_meta):
-        model = make_model(folder, device=meta, recorder=recorder)
+        model = make_model(folder, device=meta, recorder=recorder, attention=attention)
         token_ids = model.tokens([1] * 7)
         with Moves() as moves, torch.inference_mode():
             found = model.decoder.exact(model.rows(token_ids, segments))

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.cpu.conftest import SHAPE, SaveModel
+from transformers import LlamaConfig
 
 from paceline import LLM, SamplingParams
+from paceline.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PROMPTS = [{"prompt_token_ids": [3, 1, 4, 1, 5]}, {"prompt_token_ids": [9, 2, 6]}]
@@ -62,6 +65,37 @@ def test_a_drafter_that_is_ahead_on_the_same_gpu_leaves_the_text_as_it_is(
         ]
         assert any(step.draft_passes for step in llm.status().steps)
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["launched", "played"])
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_a_library_that_reads_pages_computes_what_gathering_does(
+    save_model: SaveModel, eager: bool, block_size: int
+) -> None:
+    folder = str(save_model(LlamaConfig(**SHAPE | {"head_dim": 64, "num_key_value_heads": 1}))[0])
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=5, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [7, *range(count)]} for count in (3, 40, 60)]
+    found = []
+    for backend in ("sdpa", "flash"):
+        try:
+            with LLM(
+                folder,
+                dtype="bfloat16",
+                device="cuda",
+                enforce_eager=eager,
+                attention_backend=backend,
+                block_size=block_size,
+            ) as llm:
+                outputs = llm.generate(prompts, params)
+        except ConfigError as error:
+            assert backend == "flash", "nothing is missing for torch's own"
+            pytest.skip(str(error))
+        first = [output.outputs[0].logprobs[0] for output in outputs]
+        found.append([{token: each.logprob for token, each in one.items()} for one in first])
+    for gathered, read in zip(*found, strict=True):
+        shared = gathered.keys() & read.keys()
+        assert len(shared) >= 3
+        assert max(abs(gathered[token] - read[token]) for token in shared) < 0.05
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["launched", "played"])

@@ -43,6 +43,7 @@ GENERATE_FLAGS = [
     "--enable-prefix-caching",
     "--no-enable-prefix-caching",
     "--gpu-memory-utilization",
+    "--attention-backend",
     "--enforce-eager",
     "--no-enforce-eager",
     "--kv-cache-memory",
