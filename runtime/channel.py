@@ -49,6 +49,8 @@ class Hello(WireType, frozen=True, kw_only=True, tag="hello"):
     """What a person may want to know: device, data types, collectives."""
     num_blocks: int = 0
     """KV blocks of each pool; all ranks agree."""
+    on_gpu: bool = False
+    """Whether it leaves the cores of its machine to others, mostly."""
     version: int = WIRE_VERSION
 
 
@@ -65,6 +67,8 @@ class Ready(WireType, frozen=True, kw_only=True):
     ranks: tuple[str, ...]
     """What each said of itself."""
     num_blocks: int
+    on_gpu: bool = False
+    """Whether they compute on GPUs."""
 
 
 _plans_in = msgspec.msgpack.Decoder(StepPlan)
@@ -102,7 +106,7 @@ class RankSender:
         silent.
         """
         facts: dict[int, str] = {}
-        num_blocks = 0
+        num_blocks, on_gpu = 0, False
         deadline = time.monotonic() + timeout_s
         while len(facts) < len(self._identities):
             missing = sorted(set(range(len(self._identities))) - set(facts))
@@ -113,9 +117,9 @@ class RankSender:
                 kind = UserError if hello.user_error else ShardError
                 raise kind(hello.error if hello.user_error else f"rank {hello.rank}: {hello.error}")
             facts[hello.rank] = hello.facts
-            num_blocks = hello.num_blocks
+            num_blocks, on_gpu = hello.num_blocks, hello.on_gpu
         ranks = tuple(facts[rank] for rank in range(len(self._identities)))
-        return Ready(ranks=ranks, num_blocks=num_blocks)
+        return Ready(ranks=ranks, num_blocks=num_blocks, on_gpu=on_gpu)
 
     def check(self) -> None:
         """Raise ShardError if a rank is gone."""
@@ -220,8 +224,8 @@ class RankReceiver:
         socket.connect(address)
         return socket
 
-    def ready(self, facts: str, *, num_blocks: int) -> None:
-        hello = Hello(rank=self._rank, facts=facts, num_blocks=num_blocks)
+    def ready(self, facts: str, *, num_blocks: int, on_gpu: bool = False) -> None:
+        hello = Hello(rank=self._rank, facts=facts, num_blocks=num_blocks, on_gpu=on_gpu)
         self._socket.send(_out.encode(hello))
 
     def failed(self, error: BaseException) -> None:

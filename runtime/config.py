@@ -273,12 +273,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(gt=0, description="Waiting so many seconds makes up for one level of priority."),
     ] = 30.0
     async_scheduling: Annotated[
-        bool,
+        bool | None,
         Meta(
-            description="Plan and send the next step while one runs, each for half of the requests; always so "
-            "with the schedule interleaved."
+            description="Plan and send the next step while one runs, so that ranks of other processes need "
+            "not wait for a plan. If not given, for ranks on GPUs: on a CPU it pays where they leave a core."
         ),
-    ] = False
+    ] = None
     seed: Annotated[int, Meta(description="Seeds requests that bring no seed of their own.")] = 0
     speculative_config: Annotated[
         SpeculativeConfig | None,
@@ -391,8 +391,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def plans_in_flight(self) -> int:
-        """Plans that ranks may have at once."""
-        return 2 if self.interleaved or self.async_scheduling else 1
+        """Plans for different requests that ranks may have at once."""
+        return 2 if self.interleaved else 1
 
     @property
     def world_size(self) -> int:

@@ -253,8 +253,12 @@ def make_engine(
             links.wait_ready(timeout_s=config.load_timeout_s, check=executor.check)
         if ahead is not None:
             ahead.wait_ready()
+        wanted = config.async_scheduling
         scheduler = make_scheduler(
-            config, max_model_len=max_model_len, num_blocks=executor.num_blocks
+            config,
+            max_model_len=max_model_len,
+            num_blocks=executor.num_blocks,
+            async_scheduling=executor.apart and (executor.on_gpu if wanted is None else wanted),
         )
     except BaseException:
         executor.close()

@@ -15,8 +15,12 @@ logger = logging.getLogger(__name__)
 
 class Executor(Protocol):
     """Plans are carried out in the order in which they were sent. Several may be under way at once, if
-    no two of them have a request in common."""
+    no two of them have a request in common; those that have wait for each other."""
 
+    apart: bool
+    """Whether plans are carried out while this process does something else."""
+    on_gpu: bool
+    """Whether it has a core of its own to do that."""
     num_blocks: int
     """KV blocks of each pool."""
     ranks: tuple[str, ...]
@@ -60,6 +64,8 @@ class Ranks(Protocol):
 class ChannelExecutor:
     """Satisfies `Executor` with ranks in processes of their own, wherever those are."""
 
+    apart = True
+
     def __init__(
         self, start: Callable[[], Ranks], *, load_timeout_s: float, step_timeout_s: float
     ) -> None:
@@ -68,7 +74,7 @@ class ChannelExecutor:
         self._start = start
         self._load_timeout_s = load_timeout_s
         self._step_timeout_s = step_timeout_s
-        self.num_blocks = 0
+        self.num_blocks, self.on_gpu = 0, False
         self.ranks: tuple[str, ...] = ()
         self._running: Ranks
         self.start_ranks()
@@ -98,7 +104,7 @@ class ChannelExecutor:
                 self._log_stacks()
             self._running.kill()  # while it loads a rank does not hear that it shall end
             raise
-        self.num_blocks, self.ranks = ready.num_blocks, ready.ranks
+        self.num_blocks, self.ranks, self.on_gpu = ready.num_blocks, ready.ranks, ready.on_gpu
 
     def close(self) -> None:
         self._running.close()

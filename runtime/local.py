@@ -238,6 +238,9 @@ class InProcess:
     The others, if there are any, must run the same engine in lockstep: all then make the same plans.
     """
 
+    apart = False
+    on_gpu = False
+
     def __init__(self, make: Callable[[], Worker], *, links: str | None = None) -> None:
         """`make` loads the worker, again where memory ran out. `links` is where its KV link finds the
         engine loop, if it shall have one."""

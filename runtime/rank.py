@@ -59,7 +59,8 @@ def run_rank(
             return
         pipeline = Pipeline(worker) if config.interleaved else None
         failed = threading.Event()
-        channel.ready(worker.facts(), num_blocks=worker.num_blocks)
+        on_gpu = worker.mesh.device.type == "cuda"
+        channel.ready(worker.facts(), num_blocks=worker.num_blocks, on_gpu=on_gpu)
         while (plan := channel.receive(alive=lambda: alive() and not failed.is_set())) is not None:
             if pipeline is None:
                 carried_out = _at_once(worker.step, plan)

@@ -90,8 +90,8 @@ class RunningRequest:
     """Whether the ranks know it."""
     fetch: KvFetch | None = field(init=False)
     """Where its KV is to be had, until that has been tried."""
-    in_flight: bool = False
-    """Whether it is part of a step that is not yet answered."""
+    in_flight: int = 0
+    """Steps with it that are not yet answered."""
     transfer: Transfer | None = None
     """While its blocks are in the links' hands."""
     fetched: FetchAccount | None = None
@@ -143,6 +143,18 @@ class RunningRequest:
         """Whether its prefix may come from others: not where every prompt row is asked for."""
         asked = self.request.params.prompt_logprobs is not None and self.num_output == 0
         return self.policy.shares_prefixes and not asked
+
+    @property
+    def may_follow(self) -> bool:
+        """Whether a step with it may be planned before the last is answered: not where the answer
+        moves blocks, or its rank could not go on once it has ended."""
+        request = self.request
+        return (
+            self.policy.shares_prefixes
+            and request.params.structured_outputs is None
+            and request.produce is None
+            and self.transfer is None
+        )
 
     def append(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], End | None]:
         """Take a step's tokens up to the one that ends the text: those tokens, and the end."""

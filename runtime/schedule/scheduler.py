@@ -21,6 +21,11 @@ takes its part of the requests, and those whose step is in flight are left alone
 They are not planned again, not preempted, and keep their blocks even when they are aborted: ranks still
 write them. Ranks take steps in order, so that a step may read what an earlier one writes.
 
+With `Limits.async_scheduling` one step may follow another with the same requests before that is
+answered, so that ranks need not wait for a plan. Ranks know by themselves where a text stands; the plan
+says how much to draft and has blocks for the longest it can have become. Whoever ends meanwhile is in a
+step for nothing. It is done while nobody else wants a part, and nothing hangs on the answer.
+
 No more requests run than there are rows: so every text grows in every step, and while anything is
 unread some of it is read.
 
@@ -106,7 +111,9 @@ class Limits:
     window: int = 1024
     priority_ageing_s: float = 30.0
     plans_in_flight: int = 1
-    """Steps that may be planned before the first of them is answered."""
+    """Steps that may be planned before the first of them is answered, for different requests."""
+    async_scheduling: bool = False
+    """Whether one may follow with the same requests."""
     num_slots: int = 0
     """Requests whose KV can be offered to other engines at once; 0 for an engine without KV links."""
 
@@ -146,7 +153,7 @@ class _Share:
     num_draft_tokens: int = 0
     tree: DraftShape | None = None
     length: int = 0
-    """Its committed tokens."""
+    """Its committed tokens; while an earlier step with it is not answered, the most they can be."""
 
     @property
     def num_draft_rows(self) -> int:
@@ -217,7 +224,8 @@ class Scheduler:
     @property
     def may_plan(self) -> bool:
         """Whether fewer plans are in flight than may be."""
-        return len(self._flights) < self._plans_in_flight
+        depth = self._plans_in_flight
+        return len(self._flights) < depth or (depth == 1 and self._may_follow)
 
     @property
     def _plans_in_flight(self) -> int:
@@ -345,7 +353,7 @@ class Scheduler:
         self._pool.check()
         held = Counter[int]()
         fetching = [each for each in self._requests.values() if each.state is State.FETCHING]
-        in_flight = [share.running for flight in self._flights for share in flight.shares]
+        in_flight = Counter(share.running for flight in self._flights for share in flight.shares)
         ended = [each for each in in_flight if each.state is State.FINISHED]
         for running in (*self._running, *fetching, *ended):
             held.update(block for block in running.blocks if block != GONE)
@@ -357,11 +365,16 @@ class Scheduler:
         assert all(a.key < b.key for a, b in pairwise(self._running)), (
             "running requests are not in the order of their keys"
         )
-        assert len(self._flights) <= self.limits.plans_in_flight, f"{len(self._flights)} in flight"
-        assert len({id(each) for each in in_flight}) == len(in_flight), "one is in two steps"
-        flying = {id(each) for each in in_flight if each not in ended}
-        assert flying == {id(each) for each in self._running if each.in_flight}, (
+        most = max(self.limits.plans_in_flight, 1 + self.limits.async_scheduling)
+        assert len(self._flights) <= most, f"{len(self._flights)} in flight"
+        assert self.limits.async_scheduling or all(n == 1 for n in in_flight.values()), (
+            "one is in two steps"
+        )
+        assert all(each.in_flight == in_flight[each] for each in (*self._running, *ended)), (
             "not those are in flight that are marked so"
+        )
+        assert all(each in ended or each.state is State.RUNNING for each in in_flight), (
+            "one is in a step and does not run"
         )
         num_seated = len(self._running) + len(fetching)
         assert num_seated <= self._seats, f"{num_seated} run or will, on {self._seats} seats"
@@ -386,13 +399,11 @@ class Scheduler:
         now_s = self._clock()
         if self.limits is not self._full_limits and now_s >= self._cautious_until_s:
             self.limits = self._full_limits
-        num_preemptions = self._totals["preemptions"]
-        ready, most_shares = self._part()
-        shares: list[_Share] = []
-        free_rows, drafting = self._choose_drafts(ready)
-        free_rows = self._serve(ready, free_rows, shares, now_s=now_s)
-        if self._totals["preemptions"] == num_preemptions:
-            self._admit(free_rows, shares, most_shares=most_shares, now_s=now_s)
+        depth = self._plans_in_flight
+        if self._flights and depth == 1:
+            shares, drafting = self._follow(self._flights[0])
+        else:
+            shares, drafting = self._share(now_s=now_s)
         scheduled = tuple([self._announce(share) for share in shares])
         finished: tuple[str, ...] = ()
         if scheduled or not self._flights:  # it can wait for a step that does more
@@ -402,13 +413,69 @@ class Scheduler:
             scheduled=scheduled,
             form=drafting.form,
             finished=finished,
-            alone=not self._flights and self._plans_in_flight == 1,
+            alone=depth == 1,
         )
         if scheduled or finished:
             flight = _Flight(step=self._step, planned_s=now_s, shares=shares, drafting=drafting)
             self._flights.append(flight)
         self._step += 1
         return plan
+
+    def _share(self, *, now_s: float) -> tuple[list[_Share], Drafting]:
+        """Parts for those who run, and for those who can be let in."""
+        num_preemptions = self._totals["preemptions"]
+        ready, most_shares = self._part()
+        shares: list[_Share] = []
+        free_rows, drafting = self._ask_for_drafts(ready)
+        free_rows = self._serve(ready, free_rows, shares, now_s=now_s)
+        if self._totals["preemptions"] == num_preemptions:
+            self._admit(free_rows, shares, most_shares=most_shares, now_s=now_s)
+        return shares, drafting
+
+    @property
+    def _may_follow(self) -> bool:
+        """Whether a step may be planned for the requests of the one in flight: nobody waits for a seat
+        that is free, all who run are in it, and each will have one token to feed."""
+        spec = self._speculation
+        if not self.limits.async_scheduling or len(self._flights) != 1:
+            return False
+        if spec is not None and (spec.ahead or spec.method != "draft_model"):
+            return False  # what is drafted hangs on the text
+        if self._num_waiting and self._num_seated < self._seats:
+            return False
+        shares = self._flights[0].shares
+        return all(each.in_flight for each in self._running) and all(
+            share.running.seen + share.num_tokens == len(share.running.token_ids)
+            and share.running.may_follow
+            for share in shares
+            if share.running.state is State.RUNNING
+        )
+
+    def _follow(self, flight: _Flight) -> tuple[list[_Share], Drafting]:
+        """Parts for the same requests once more, as if all that is drafted for them were accepted. Not
+        for one that ends for certain, or lacks spare blocks."""
+        shares: list[_Share] = []
+        drafting: list[DraftState] = []
+        for before in flight.shares:
+            running, held = before.running, len(before.running.blocks)
+            if running.state is not State.RUNNING or running.tokens_left == 1:
+                continue
+            longest = len(running.token_ids) + before.num_draft_tokens + 1
+            if not self._grow_if_spare(running, longest):
+                continue
+            draft = running.draft
+            shares.append(_Share(running, 1, held, draft=draft, length=longest))
+            if draft is not None:
+                read = max(running.draft_seen, running.draft_exact)
+                if before.num_draft_tokens:  # all but the last of them
+                    read = longest - 2
+                self._allow(draft, running, longest, read=read)
+                drafting.append(draft)
+        free_rows = self.limits.max_num_batched_tokens - len(shares)
+        self._num_read_rows = 0
+        _, counted = self._choose_drafts(drafting, len(shares), for_drafts=free_rows)
+        self._give_draft_blocks(shares)
+        return shares, counted
 
     def _part(self) -> tuple[list[RunningRequest], int]:
         """Of the running requests those for this step, best key first, and how many shares it may have,
@@ -420,7 +487,7 @@ class Scheduler:
         num_running = len(self._running)
         return ready[: -(-num_running // depth)], -(-(num_running + self._num_waiting) // depth)
 
-    def _choose_drafts(self, ready: Sequence[RunningRequest]) -> tuple[int, Drafting]:
+    def _ask_for_drafts(self, ready: Sequence[RunningRequest]) -> tuple[int, Drafting]:
         """Set every draft length; the rows that are left for reading."""
         num_rows = 0
         drafting: list[DraftState] = []
@@ -432,27 +499,38 @@ class Scheduler:
             draft = running.draft
             if draft is None or length == running.num_prompt:
                 continue
-            # a round emits one token besides its drafts: more of them could never be used
-            draft.room = running.num_prompt + running.request.max_tokens - length - 1
-            draft.lag = length - max(running.draft_seen, running.draft_exact)
-            if self.tails is not None:
-                draft.room = min(draft.room, 0 if draft.tail is None else len(draft.tail))
-                draft.lag = 1  # whatever is read is read elsewhere
+            self._allow(draft, running, length, read=max(running.draft_seen, running.draft_exact))
             drafting.append(draft)
-        free_rows = self.limits.max_num_batched_tokens - num_rows
-        if not drafting:
-            return free_rows, Drafting()
-        counted = self._drafts.choose(
-            drafting, rows=num_rows + self._num_read_rows, num_running=len(self._running)
-        )
-        for_drafts = free_rows
+        free_rows = for_drafts = self.limits.max_num_batched_tokens - num_rows
         has_seat = self._num_waiting > 0 and len(self._running) < self._seats
         if has_seat or num_rows < len(ready):
             for_drafts -= min(free_rows, max(1, self.limits.max_num_batched_tokens // 4))
+        num_drafts, counted = self._choose_drafts(drafting, num_rows, for_drafts=for_drafts)
+        return free_rows - num_drafts, counted
+
+    def _allow(self, draft: DraftState, running: RunningRequest, length: int, *, read: int) -> None:
+        """Say how much may be drafted after so many tokens, of which the draft model has read some."""
+        # a round emits one token besides its drafts: more of them could never be used
+        draft.room = max(0, running.num_prompt + running.request.max_tokens - length - 1)
+        draft.lag = length - read
+        if self.tails is not None:
+            draft.room = min(draft.room, 0 if draft.tail is None else len(draft.tail))
+            draft.lag = 1  # whatever is read is read elsewhere
+
+    def _choose_drafts(
+        self, drafting: Sequence[DraftState], num_rows: int, *, for_drafts: int
+    ) -> tuple[int, Drafting]:
+        """Set the draft lengths of a step that has so many rows without; the rows they take, at most
+        `for_drafts`."""
+        if not drafting:
+            return 0, Drafting()
+        counted = self._drafts.choose(
+            drafting, rows=num_rows + self._num_read_rows, num_running=len(self._running)
+        )
         num_drafts = self._within_reading(drafting)
         if num_drafts > for_drafts:
             num_drafts = _cut(drafting, for_drafts)
-        return free_rows - num_drafts, counted
+        return num_drafts, counted
 
     def _may_branch(self, running: RunningRequest) -> bool:
         """Whether its drafts may be a tree: not before its sinks are read, a slot of a tree not being
@@ -523,10 +601,7 @@ class Scheduler:
             else:
                 share.read_draft = self._reads(running)
             shares.append(share)
-        for share in shares:
-            draft = share.draft
-            if draft is not None and draft.num_tokens:
-                self._draft_blocks(share, draft)
+        self._give_draft_blocks(shares)
         return free_rows
 
     def _victim(self) -> RunningRequest | None:
@@ -567,6 +642,11 @@ class Scheduler:
             and draft.most > 0
             and (self._drafts.reads_prompts or draft.asked)
         )
+
+    def _give_draft_blocks(self, shares: Sequence[_Share]) -> None:
+        for share in shares:
+            if share.draft is not None and share.draft.num_tokens:
+                self._draft_blocks(share, share.draft)
 
     def _draft_blocks(self, share: _Share, draft: DraftState) -> None:
         """Blocks for drafts, if nobody else may soon need them: of a tree whole or, as a chain, of
@@ -816,7 +896,7 @@ class Scheduler:
 
     def _announce(self, share: _Share) -> ScheduledRequest:
         running = share.running
-        running.in_flight = True
+        running.in_flight += 1
         draft = share.draft
         num_drafts = share.num_draft_tokens
         drafter = draft.drafter if num_drafts and draft is not None else "draft_model"
@@ -871,11 +951,12 @@ class Scheduler:
         deltas: list[TokenDelta] = []
         for share, each in zip(flight.shares, result.results, strict=True):
             running = share.running
-            running.in_flight = False
+            running.in_flight -= 1
+            share.length = len(running.token_ids)
             assert each.request_id == running.request.request_id, (
                 f"expected the result of {running.request.request_id}, found {each.request_id}"
             )
-            if running.state is not State.RUNNING:  # aborted while the step ran
+            if running.state is not State.RUNNING:  # ended by an earlier step, or aborted
                 self._release(running, reason="aborted")
                 continue
             if each.error is not None:
@@ -969,11 +1050,11 @@ class Scheduler:
 
     def _observe(self, flight: _Flight, result: StepResult, *, now_s: float) -> None:
         """Remember what the step was and took: of the time that it shared with an earlier one, what
-        came after that one's end."""
+        came after that one's end. Not if all have ended: then nobody may have waited for it."""
         shares = flight.shares
         seconds = now_s - max(flight.planned_s, self._answered_s)
         self._answered_s = now_s
-        if not shares:
+        if not any(share.running.state is State.RUNNING for share in shares):
             return
         lengths = tuple([s.num_draft_tokens for s in shares if s.num_draft_tokens])
         draft_rows = sum([share.num_draft_rows for share in shares])
@@ -997,7 +1078,8 @@ class Scheduler:
             num_drafts = share.num_draft_tokens
             draft = share.draft if self.tails is None else None
             if num_drafts and draft is not None and draft.drafter == "draft_model":
-                first_rows += draft.lag
+                running = share.running
+                first_rows += len(running.token_ids) - max(running.draft_seen, running.draft_exact)
                 num_passes = max(num_passes, num_drafts)
                 later_rows += share.num_draft_rows - 1
             elif share.read_draft:
@@ -1033,10 +1115,9 @@ class Scheduler:
             fewer = max(1, self.limits.max_num_batched_tokens // 2)
             self.limits = replace(self.limits, max_num_batched_tokens=fewer)
             self._cautious_until_s = now_s + CAUTIOUS_S
-        for flight in self._flights:
-            for share in flight.shares:
-                share.running.strikes += 1
-                share.running.in_flight = False
+        for running in {share.running for flight in self._flights for share in flight.shares}:
+            running.strikes += 1
+            running.in_flight = 0
         self._flights.clear()
         self._ends_in_flight.clear()
         seated = [each for each in self._requests.values() if each.state is not State.WAITING]
@@ -1226,8 +1307,11 @@ def _draft_policy(spec: Speculation | None) -> DraftPolicy:
     return ways[0].policy if len(ways) == 1 else Controller(ways)
 
 
-def make_scheduler(config: EngineConfig, *, max_model_len: int, num_blocks: int) -> Scheduler:
-    """The scheduler a config asks for, over as many blocks as the ranks found memory for."""
+def make_scheduler(
+    config: EngineConfig, *, max_model_len: int, num_blocks: int, async_scheduling: bool = False
+) -> Scheduler:
+    """The scheduler a config asks for, over as many blocks as the ranks found memory for. Whether
+    `async_scheduling` makes sense hangs on these too."""
     limits = Limits(
         num_blocks=num_blocks,
         max_model_len=max_model_len,
@@ -1239,6 +1323,7 @@ def make_scheduler(config: EngineConfig, *, max_model_len: int, num_blocks: int)
         window=config.kv_window,
         priority_ageing_s=config.priority_ageing_s,
         plans_in_flight=config.plans_in_flight,
+        async_scheduling=async_scheduling,
         num_slots=0
         if config.kv_transfer_config is None
         else config.kv_transfer_config.max_transfers,

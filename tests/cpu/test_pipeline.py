@@ -15,6 +15,7 @@ import torch
 from paceline import LLM, SamplingParams
 from paceline.runtime.pipeline import Pipeline
 from paceline.runtime.requests import Prompt, TokensPrompt
+from paceline.runtime.schedule.scheduler import Scheduler
 from paceline.runtime.types import ScheduledRequest, StepPlan, StepResult, StepStats
 
 SOON_S = 30.0
@@ -70,11 +71,30 @@ def test_interleaved_texts_are_the_targets_own(
 
 
 @pytest.mark.parametrize("speculative", [None, {}], ids=["plain", "drafted"])
-def test_texts_planned_ahead_are_the_same(
-    open_llm: Callable[..., LLM], plain: list[list[int]], speculative: dict[str, Any] | None
+def test_texts_of_steps_that_follow_unanswered_ones_are_the_same(
+    open_llm: Callable[..., LLM],
+    plain: list[list[int]],
+    speculative: dict[str, Any] | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with open_llm(speculative, async_scheduling=True) as llm:
-        assert write(llm) == plain
+    followed = []
+    follow = Scheduler._follow
+
+    def counted(self: Scheduler, flight: Any) -> Any:
+        followed.append(flight.step)
+        return follow(self, flight)
+
+    monkeypatch.setattr(Scheduler, "_follow", counted)
+    apart = {"async_scheduling": True, "distributed_executor_backend": "mp"}
+    with open_llm(speculative, **apart) as llm:
+        together = write(llm)
+        # one at a time, as long as the fifth, which keeps a window, runs beside none
+        alone = [
+            llm.generate([prompt], params)[0].outputs[0].token_ids
+            for prompt, params in zip(PROMPTS, PARAMS, strict=True)
+        ]
+    assert together == alone == plain
+    assert len(followed) > 20
 
 
 def test_preempted_texts_and_shared_prefixes_are_the_same_when_interleaved(

@@ -321,7 +321,7 @@ def test_drafting_without_a_model_needs_no_rank() -> None:
     ("settings", "plans", "interleaved"),
     [
         ({}, 1, False),
-        ({"async_scheduling": True}, 2, False),
+        ({"async_scheduling": True}, 1, False),
         ({"speculative_config": {}}, 1, False),
         ({"speculative_config": {"schedule": "interleaved"}}, 2, True),
     ],

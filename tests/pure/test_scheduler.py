@@ -379,9 +379,11 @@ class Run:
 
     def draft(self) -> None:
         """The first stage of the earliest plan that has not had it; of the next one it must wait until
-        the last but one is answered."""
+        the last but one is answered. A plan that is alone waits for all before it."""
         for index, plan in enumerate(self.in_flight):
             if isinstance(plan, StepPlan):
+                if plan.alone and index > 0:
+                    return
                 self.in_flight[index] = self.worker.draft(plan)
                 return
 
@@ -1030,7 +1032,7 @@ def test_a_drafter_has_never_read_its_own_last_draft() -> None:
     answer(scheduler, 1)
     for emitted, lag in (((1, 2, 3, 4, 5), 2), ((1, 2), 1), ((1,), 1)):
         answer(scheduler, *emitted)
-        scheduler._choose_drafts(scheduler._running)
+        scheduler._ask_for_drafts(scheduler._running)
         (running,) = scheduler._running
         assert running.draft is not None
         assert running.draft.lag == lag
@@ -1168,7 +1170,8 @@ class AnyHistory(RuleBasedStateMachine):
         num_blocks=st.integers(8, 40),
         rows=st.integers(1, 24),
         seats=st.integers(1, 6),
-        flights=st.sampled_from([1, 2, 2, 3]),
+        flights=st.sampled_from([1, 1, 2, 2, 3]),
+        follows=st.booleans(),
         drafts=st.integers(0, 4),
         method=st.sampled_from(["draft_model", "ngram", "combined"]),
         adaptive=st.booleans(),
@@ -1189,6 +1192,7 @@ class AnyHistory(RuleBasedStateMachine):
         rows: int,
         seats: int,
         flights: int,
+        follows: bool,
         drafts: int,
         method: str,
         adaptive: bool,
@@ -1202,6 +1206,7 @@ class AnyHistory(RuleBasedStateMachine):
                 rows=rows,
                 seats=seats,
                 flights=flights,
+                async_scheduling=follows,
                 drafts=drafts,
                 method=method,
                 adaptive=adaptive,
@@ -1279,13 +1284,21 @@ TestAnyHistory.settings = settings(max_examples=150, stateful_step_count=25, dea
     num_blocks=st.integers(8, 14),
     rows=st.integers(1, 12),
     flights=st.integers(1, 2),
+    follows=st.booleans(),
     drafts=st.integers(0, 4),
     count=st.integers(2, 6),
 )
 def test_requests_that_fight_for_blocks_all_finish(
-    data: st.DataObject, num_blocks: int, rows: int, flights: int, drafts: int, count: int
+    data: st.DataObject,
+    num_blocks: int,
+    rows: int,
+    flights: int,
+    follows: bool,
+    drafts: int,
+    count: int,
 ) -> None:
-    run = Run(make(num_blocks=num_blocks, rows=rows, flights=flights, drafts=drafts))
+    limits = {"num_blocks": num_blocks, "rows": rows, "flights": flights}
+    run = Run(make(**limits, async_scheduling=follows, drafts=drafts))
     for index in range(count):
         run.add(data.draw(requests(f"r{index}", most_tokens=min(48, num_blocks * BLOCK))))
     run.finish()

@@ -452,7 +452,8 @@ def test_any_history_of_transfers_leaves_texts_whole_and_blocks_free(data: st.Da
     chance = random.Random(draw(st.integers(0, 10_000)))
     size = {"num_blocks": draw(st.integers(10, 40)), "rows": draw(st.integers(2, 24))}
     both = pair(
-        flights=draw(st.sampled_from([1, 2, 2])),
+        flights=draw(st.sampled_from([1, 1, 2, 2])),
+        async_scheduling=draw(st.booleans()),
         drafts=draw(st.sampled_from([0, 0, 3])),
         seats=draw(st.integers(1, 6)),
         adaptive=draw(st.booleans()),
