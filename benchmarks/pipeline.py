@@ -64,7 +64,9 @@ def start(args: argparse.Namespace, spec: dict[str, Any] | None) -> Engine:
     return local_engine(config, examine(config))
 
 
-def write(engine: Engine, texts: list[list[int]], args: argparse.Namespace) -> report.Row:
+def write(
+    engine: Engine, texts: list[list[int]], args: argparse.Namespace
+) -> tuple[report.Row, EngineStatus]:
     """Continue all of them at once. Tokens per second count from the moment when all are read."""
     params = SamplingParams(temperature=args.temperature, ignore_eos=True)
     engine.status()
@@ -90,15 +92,15 @@ def write(engine: Engine, texts: list[list[int]], args: argparse.Namespace) -> r
             began_s, first = time.perf_counter(), sum(map(len, written.values()))
     seconds = time.perf_counter() - began_s
     status = engine.status()
-    return {
+    row = {
         "tokens/s": (sum(map(len, written.values())) - first) / seconds,
         "seconds": seconds,
         "drafted": status.drafted,
         "accepted": status.accepted,
         "way": next((way.name for way in status.ways if way.chosen), ""),
         "token_ids": [written[f"{index}"] for index in range(len(texts))],
-        "spans": spans(status),
     }
+    return row, status
 
 
 def spans(status: EngineStatus) -> list[dict[str, Any]]:
@@ -147,15 +149,14 @@ def main() -> None:
                     write(engine, texts[:batch], args)  # whatever is built or learnt first
                     for index in range(1, 1 + args.texts):
                         given = texts[index * batch : (index + 1) * batch]
-                        row = write(engine, given, args)
+                        row, status = write(engine, given, args)
                         mine = known.setdefault((batch, index), row["token_ids"])
                         row["same texts"] = sum(
                             a == b for a, b in zip(mine, row["token_ids"], strict=True)
                         )
                         del row["token_ids"]
                         if batch == 1 and name not in ("plain", LOCKSTEP[1]):
-                            lines[name] = row.pop("spans")
-                        row.pop("spans", None)
+                            lines[name] = spans(status)
                         made.rows.append(
                             {"setting": name, "batch": batch, "round": number, "text": index, **row}
                         )

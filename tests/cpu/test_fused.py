@@ -34,7 +34,7 @@ def test_what_is_fused_computes_the_same() -> None:
                         summed,
                         norm._add_rms(summed, None, 1e-5, torch.float32),
                         mlp._swiglu(h_TE),
-                        attention._turned(heads, angles[0], angles[1], torch.float32),
+                        *attention._turned(heads, angles[0], angles[1], torch.float32),
                         *attention._read(keys, values, blocks_BN),
                     )
                 )
