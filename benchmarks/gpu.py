@@ -272,6 +272,7 @@ def ways(device: torch.device, decoder: Decoder) -> list[Way]:
                 num_queries=arch.num_heads // arch.num_kv_heads,
                 head_dim=arch.head_dim,
                 block_size=BLOCK_SIZE,
+                windows=False,
             )
         )
     except ConfigError as error:

@@ -254,6 +254,8 @@ def make_engine(
         if ahead is not None:
             ahead.wait_ready()
         wanted = config.async_scheduling
+        if wanted and not executor.apart:
+            logger.warning("async_scheduling has no effect: this process has the only rank")
         scheduler = make_scheduler(
             config,
             max_model_len=max_model_len,

@@ -20,7 +20,7 @@ class Executor(Protocol):
     apart: bool
     """Whether plans are carried out while this process does something else."""
     on_gpu: bool
-    """Whether it has a core of its own to do that."""
+    """Of ranks apart: whether they leave this process a core to do that."""
     num_blocks: int
     """KV blocks of each pool."""
     ranks: tuple[str, ...]

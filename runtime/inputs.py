@@ -91,7 +91,7 @@ class Rows:
     scale: float
     """Of the scores."""
     sight: Sight | None = None
-    """What attention in torch goes by."""
+    """What attention goes by where it is not compiled here."""
     play: Play | None = None
     """What plays the pass at once, where a device's launches would take longer than its work."""
     native: Pass | None = None

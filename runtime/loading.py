@@ -137,6 +137,7 @@ def page_reader(config: EngineConfig, decoder: Decoder, device: torch.device) ->
             num_queries=arch.num_heads // arch.num_kv_heads,
             head_dim=arch.head_dim,
             block_size=config.block_size,
+            windows=any(arch.windows),
         )
     except ConfigError as error:
         if wanted != "auto":

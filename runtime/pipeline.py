@@ -73,9 +73,8 @@ class Pipeline:
 
     def carry_out(self, plan: StepPlan) -> StepResult:
         """A plan that is alone, in the caller's thread."""
-        wait(
-            [result for result, _ in self._under_way]
-        )  # another rank was done with them before this
+        # rank 0 has answered them all, this one may be behind
+        wait([result for result, _ in self._under_way])
         result = self._worker.step(plan)
         self._finish()
         return result

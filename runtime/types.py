@@ -300,7 +300,8 @@ class StepPlan(WireType, frozen=True, kw_only=True):
     """Requests to forget before the step, ended or preempted: their KV blocks may be in
     `scheduled` again."""
     alone: bool = False
-    """Whether there will be no other before its result: then its stages need no threads of their own."""
+    """Whether it is carried out after all before it, and before all that come: then its stages need no
+    threads of their own."""
     shutdown: bool = False
     version: int = WIRE_VERSION
 

@@ -29,8 +29,12 @@ from torch import Tensor
 from paceline.runtime.errors import ConfigError
 from paceline.runtime.layers.sight import Pages
 
-LIBRARIES = {9: "FA3", 10: "FA4"}
+LIBRARIES = {9: ["FA3"], 10: ["FA4"]}
 """By compute capability."""
+OWN = "FA2"
+"""What torch brings with it."""
+_in_use: list[str] = []
+"""The library that some model of this process goes by, if any."""
 TOLERANCE = 0.05
 """Of the small problem's results, which are about one. bfloat16 rounds them by 0.004."""
 
@@ -68,10 +72,17 @@ def attend_pages(
 
 
 def read_pages(
-    device: torch.device, *, dtype: torch.dtype, num_queries: int, head_dim: int, block_size: int
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    num_queries: int,
+    head_dim: int,
+    block_size: int,
+    windows: bool,
 ) -> str:
     """Makes ready what reads pages of `dtype` on this GPU, and names it. `num_queries` is of query
-    heads per key. Raises ConfigError where nothing does, with what is missing."""
+    heads per key; `windows` says whether any layer has one. Raises ConfigError where nothing does, with
+    what is missing."""
     if device.type != "cuda":
         raise ConfigError(f"FlashAttention runs on GPUs, not on {device}")
     if dtype not in (torch.bfloat16, torch.float16):
@@ -79,37 +90,43 @@ def read_pages(
         raise ConfigError(f"FlashAttention takes bfloat16 and float16, not {given}")
     if torch.__version__ < "2.13":
         raise ConfigError(f"torch reads pages from version 2.13 on, found {torch.__version__}")
-    library = LIBRARIES.get(torch.cuda.get_device_capability(device)[0])
-    found = _loaded()
-    if library is not None and found != library:
+    major = torch.cuda.get_device_capability(device)[0]
+    tried = []
+    # torch uses one library in all of a process
+    for library in _in_use or [*LIBRARIES.get(major, []), OWN]:
         try:
-            _load(library)
-            found = library
-        except (ImportError, RuntimeError) as error:
-            # torch's own may do
-            found = None
-            if block_size % 256:
-                raise ConfigError(
-                    f"{library} cannot be loaded ({error}); install it, or set block_size to 256 for "
-                    "torch's own FlashAttention"
-                ) from error
-    if found is None and block_size % 256:
-        raise ConfigError(
-            f"torch's own FlashAttention reads blocks of 256 tokens, found block_size {block_size}"
-        )
-    check_pages(
-        device, dtype=dtype, num_queries=num_queries, head_dim=head_dim, block_size=block_size
-    )
-    return found or "FA2"
+            _load(library, block_size=block_size)
+            check_pages(
+                device,
+                dtype=dtype,
+                num_queries=num_queries,
+                head_dim=head_dim,
+                block_size=block_size,
+                windows=windows,
+            )
+        except ConfigError as error:
+            tried.append(f"{library} {error}")
+        else:
+            _in_use[:] = [library]
+            return library
+    if not _in_use:
+        _load(OWN)
+    raise ConfigError("; ".join(tried))
 
 
 def check_pages(
-    device: torch.device, *, dtype: torch.dtype, num_queries: int, head_dim: int, block_size: int
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    num_queries: int,
+    head_dim: int,
+    block_size: int,
+    windows: bool = True,
 ) -> None:
     """Solve a small problem with pages and without: a text that is verified, one that decodes and a
-    segment without rows, in blocks that lie anyhow, with a window and without. Queries resemble the
-    first and the last key that they may see, and the keys beside those, which they may not. Raises
-    ConfigError if the results differ."""
+    segment without rows, in blocks that lie anyhow; with a window too where there are `windows`. Queries
+    resemble the first and the last key that they may see, and the keys beside those, which they may
+    not. Raises ConfigError if the results differ."""
     made = torch.Generator().manual_seed(1)
     counts, ends = (3, 1, 0), (block_size + 9, 2 * block_size - 1, 0)
     blocks = torch.tensor([[2, 4], [3, 0], [0, 0]])
@@ -122,7 +139,7 @@ def check_pages(
         most_rows=max(counts),
         block_size=block_size,
     )
-    for window in (None, block_size // 2):
+    for window in (None, block_size // 2) if windows else (None,):
         queries, expected = [], []
         for count, end, ids in zip(counts, ends, blocks.to(device), strict=True):
             # [U, S, D], for each query head
@@ -143,19 +160,27 @@ def check_pages(
             found = attend_pages(
                 torch.stack(queries), keys, values, pages, window=window, scale=head_dim**-0.5
             )
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            raise ConfigError(f"FlashAttention cannot read pages here: {error}") from error
+        except Exception as error:  # each library has its own ways to refuse, assertions among them
+            raise ConfigError(f"cannot read pages here: {error}") from error
         difference = (found.float() - torch.stack(expected)).abs().max()
         if not difference < TOLERANCE:
-            raise ConfigError(
-                f"FlashAttention reads pages wrongly here: results differ by {difference:.2g}"
-            )
+            raise ConfigError(f"reads pages wrongly here: results differ by {difference:.2g}")
 
 
-def _load(library: str) -> None:
-    from torch.nn.attention import activate_flash_attention_impl
+def _load(library: str, *, block_size: int | None = None) -> None:
+    """Have torch use it, in all of this process. Raises ConfigError where it cannot, or where it does
+    not read blocks of this size."""
+    from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
-    activate_flash_attention_impl(library)
+    if library == OWN:
+        restore_flash_attention_impl(_raise_warn=False)
+        if block_size is not None and block_size % 256:
+            raise ConfigError(f"reads blocks of 256 tokens, found block_size {block_size}")
+    elif library != _loaded():
+        try:
+            activate_flash_attention_impl(library)
+        except Exception as error:  # whatever its import raises
+            raise ConfigError(f"cannot be loaded ({error})") from error
 
 
 def _loaded() -> str | None:

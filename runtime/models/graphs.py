@@ -40,6 +40,8 @@ MOST_ROWS = 256
 MOST_SEEN = 2**16
 """Positions that all segments of a padded pass may see together where their keys and values are read
 into one place."""
+MOST_BLOCKS = 2**13
+"""In all tables of a padded pass: the host writes each of them down, in a tenth of a microsecond."""
 FEWEST_SEEN = 128
 MOST_GRAPHS = 64
 """Kept at a time for each model; those not played for longest go."""
@@ -86,8 +88,9 @@ class GraphedPasses:
             return None
         padded = _padded(segments, self._pool.block_size, pages=self._pages)
         (batch,) = padded.batches
-        num_seen = batch.num_segments * batch.num_blocks * self._pool.block_size
-        if padded.num_rows > MOST_ROWS or (num_seen > MOST_SEEN and not padded.pages):
+        num_blocks = batch.num_segments * batch.num_blocks
+        num_seen = 0 if padded.pages else num_blocks * self._pool.block_size
+        if padded.num_rows > MOST_ROWS or num_seen > MOST_SEEN or num_blocks > MOST_BLOCKS:
             return None
         if max(segment.end for segment in segments) > self._rope.num_ready:
             return None

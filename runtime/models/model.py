@@ -50,7 +50,7 @@ class Model:
             device=device,
             shared=shared,
             scratch=record is not None,
-            tiled=device.type == "cpu" and not attention,
+            tiled=shared or (device.type == "cpu" and not attention),
         )
         dtypes = {group.dtype for group in decoder.groups}
         self._native = (

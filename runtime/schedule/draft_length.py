@@ -89,7 +89,7 @@ class DraftState:
     tree: DraftShape | None = None
     """How these branch: chosen as well."""
     way: int = 0
-    """Of those of a `Controller`, the one that chose."""
+    """Of those of a `Controller`, the one that chose, or chose what is verified."""
     drafter: DrafterName = "draft_model"
     model: Acceptance = field(default_factory=Acceptance)
     ngram: Acceptance = field(default_factory=Acceptance)
@@ -416,6 +416,7 @@ class AdaptiveDrafts:
         drafting = Drafting(len(states), not any(state.asked for state in states))
         overdrawn = self._account_ms is not None and self._account_ms < 0.0
         if overdrawn or self._is_off_due(rows):
+            self._last_off = self._step  # it may be observed after the next choice
             for state in states:
                 if state.asked:
                     _draft_most(state)

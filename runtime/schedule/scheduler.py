@@ -33,7 +33,8 @@ Why nobody waits forever. A key is the time of arrival plus what the priority co
 changes, so ageing is the same for all and the order is total. Only a worse key is preempted for a
 better, and the best running request can take every block, which is enough for it, or it would have
 been refused. So it grows in every step until it ends; and so does the next best after it. With several
-steps in flight it grows in every one that it can be in: whose blocks it lacks is soon out of its own.
+steps in flight it grows in every one that it can be in: whose blocks it lacks is soon out of its own. A
+step that follows an unanswered one may be without it, the next is not.
 A request that was preempted returns only when all of its tokens fit beside those who run.
 """
 
@@ -154,6 +155,8 @@ class _Share:
     tree: DraftShape | None = None
     length: int = 0
     """Its committed tokens; while an earlier step with it is not answered, the most they can be."""
+    way: int = 0
+    """Of a `Controller`: which chose. The request's own may be that of a later step."""
 
     @property
     def num_draft_rows(self) -> int:
@@ -168,6 +171,7 @@ class _Flight:
     planned_s: float
     shares: list[_Share]
     drafting: Drafting
+    alone: bool
 
 
 class Scheduler:
@@ -408,16 +412,24 @@ class Scheduler:
         finished: tuple[str, ...] = ()
         if scheduled or not self._flights:  # it can wait for a step that does more
             finished, self._finished = tuple(self._finished), []
+        alone = depth == 1
         plan = StepPlan(
             step=self._step,
             scheduled=scheduled,
             form=drafting.form,
             finished=finished,
-            alone=depth == 1,
+            alone=alone,
         )
         if scheduled or finished:
-            flight = _Flight(step=self._step, planned_s=now_s, shares=shares, drafting=drafting)
-            self._flights.append(flight)
+            self._flights.append(
+                _Flight(
+                    step=self._step,
+                    planned_s=now_s,
+                    shares=shares,
+                    drafting=drafting,
+                    alone=alone,
+                )
+            )
         self._step += 1
         return plan
 
@@ -434,15 +446,19 @@ class Scheduler:
 
     @property
     def _may_follow(self) -> bool:
-        """Whether a step may be planned for the requests of the one in flight: nobody waits for a seat
-        that is free, all who run are in it, and each will have one token to feed."""
+        """Whether a step may be planned for the requests of the one in flight: nobody waits who could be
+        let in, all who run are in it, and each will have one token to feed."""
         spec = self._speculation
         if not self.limits.async_scheduling or len(self._flights) != 1:
             return False
+        if not self._flights[0].alone:
+            return False  # its stages have threads of their own
         if spec is not None and (spec.ahead or spec.method != "draft_model"):
             return False  # what is drafted hangs on the text
         if self._num_waiting and self._num_seated < self._seats:
-            return False
+            first = self._waiting[0][1]
+            if first.state is not State.WAITING or not self._lacks_blocks(first):
+                return False
         shares = self._flights[0].shares
         return all(each.in_flight for each in self._running) and all(
             share.running.seen + share.num_tokens == len(share.running.token_ids)
@@ -469,6 +485,8 @@ class Scheduler:
                 read = max(running.draft_seen, running.draft_exact)
                 if before.num_draft_tokens:  # all but the last of them
                     read = longest - 2
+                elif before.read_draft:
+                    read = longest - 1
                 self._allow(draft, running, longest, read=read)
                 drafting.append(draft)
         free_rows = self.limits.max_num_batched_tokens - len(shares)
@@ -684,11 +702,8 @@ class Scheduler:
                 return
             if running.strikes >= TRIED_ALONE and self._has_suspect:
                 return
-            blocked = self._blocked
-            if blocked is not None and self._will_free_blocks:
-                tried, num_free = blocked
-                if tried is running and self._pool.num_free <= num_free:
-                    return
+            if self._lacks_blocks(running):
+                return
             if running.request.produce is not None and not self.transfers.has_slot:
                 return
             hit = self._find(running)
@@ -714,6 +729,13 @@ class Scheduler:
             assert num_tokens > 0, f"{running.request_id} was let in without room"
             free_rows -= num_tokens
             shares.append(self._read(running, num_tokens))
+
+    def _lacks_blocks(self, running: RunningRequest) -> bool:
+        """Whether it was tried, and no more blocks are free now than were then."""
+        if self._blocked is None or not self._will_free_blocks:
+            return False
+        tried, num_free = self._blocked
+        return tried is running and self._pool.num_free <= num_free
 
     @property
     def _will_free_blocks(self) -> bool:
@@ -898,6 +920,8 @@ class Scheduler:
         running = share.running
         running.in_flight += 1
         draft = share.draft
+        if draft is not None:
+            share.way = draft.way
         num_drafts = share.num_draft_tokens
         drafter = draft.drafter if num_drafts and draft is not None else "draft_model"
         blocks = running.blocks
@@ -1044,6 +1068,7 @@ class Scheduler:
             totals["drafted"] += each.num_drafted
             totals["accepted"] += each.num_accepted
             self._accepted[each.num_accepted] += 1
+            draft.way = share.way
             self._drafts.verified(
                 draft, num_drafted=each.num_drafted, num_accepted=each.num_accepted
             )
@@ -1073,13 +1098,20 @@ class Scheduler:
         )
         if self._speculation is None:
             return
-        first_rows = num_passes = later_rows = 0
-        for share in shares:
+        first_rows = num_passes = later_rows = num_accepted = 0
+        drafting = flight.drafting
+        for share, each in zip(shares, result.results, strict=True):
             num_drafts = share.num_draft_tokens
+            if share.running.state is State.RUNNING:
+                num_accepted += each.num_accepted if num_drafts else 0
+            elif share.draft is not None and drafting.num_requests > 1:
+                # its tokens are nobody's
+                drafting = drafting._replace(num_requests=drafting.num_requests - 1)
             draft = share.draft if self.tails is None else None
             if num_drafts and draft is not None and draft.drafter == "draft_model":
                 running = share.running
-                first_rows += len(running.token_ids) - max(running.draft_seen, running.draft_exact)
+                lag = len(running.token_ids) - max(running.draft_seen, running.draft_exact)
+                first_rows += max(1, lag)  # of a text that has ended the end was cut off
                 num_passes = max(num_passes, num_drafts)
                 later_rows += share.num_draft_rows - 1
             elif share.read_draft:
@@ -1090,11 +1122,11 @@ class Scheduler:
                 result.times,
                 rows=sum([share.num_tokens for share in shares]) + draft_rows,
                 draft_rows=draft_rows,
-                num_accepted=sum([each.num_accepted for each in result.results]) if lengths else 0,
+                num_accepted=num_accepted,
                 first_rows=first_rows,
                 num_passes=num_passes,
                 later_rows=later_rows,
-                drafting=flight.drafting,
+                drafting=drafting,
             )
         )
 

@@ -22,6 +22,7 @@ from paceline.runtime.errors import ConfigError
 from paceline.runtime.layers import flash
 from paceline.runtime.layers.flash import check_pages, read_pages
 from paceline.runtime.loading import page_reader
+from paceline.runtime.models.model import Model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -94,14 +95,21 @@ def test_where_torch_has_no_kernel_that_is_said() -> None:
 class Gpu:
     """A GPU that is not there, and what can be loaded for it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, major: int, installed: set[str]) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, major: int, installed: set[str], broken: str = ""
+    ) -> None:
         self.active: str | None = None
-        self.checked = 0
+        self.broken = broken
+        """What reads pages wrongly."""
+        self.checked: list[str] = []
         self._installed = installed
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (major, 0))
-        monkeypatch.setattr(flash, "_load", self._activate)
-        monkeypatch.setattr(flash, "_loaded", lambda: self.active)
+        library = torch.nn.attention
+        monkeypatch.setattr(library, "activate_flash_attention_impl", self._activate)
+        monkeypatch.setattr(library, "restore_flash_attention_impl", self._restore)
+        monkeypatch.setattr(library, "current_flash_attention_impl", lambda: self.active)
         monkeypatch.setattr(flash, "check_pages", self._check)
+        monkeypatch.setattr(flash, "_in_use", [])
 
     def _activate(self, name: str) -> None:
         self.active = None
@@ -109,11 +117,20 @@ class Gpu:
             raise ModuleNotFoundError(f"No module named {name}")
         self.active = name
 
+    def _restore(self, *, _raise_warn: bool) -> None:
+        assert not _raise_warn
+        self.active = None
+
     def _check(self, *_: object, **__: object) -> None:
-        self.checked += 1
+        name = self.active or "FA2"
+        self.checked.append(name)
+        if name == self.broken:
+            raise ConfigError("reads pages wrongly")
 
     def read(self, *, block_size: int = 16, dtype: torch.dtype = torch.bfloat16) -> str:
-        return read_pages(CUDA, dtype=dtype, num_queries=1, head_dim=64, block_size=block_size)
+        return read_pages(
+            CUDA, dtype=dtype, num_queries=1, head_dim=64, block_size=block_size, windows=False
+        )
 
 
 @pytest.mark.parametrize(
@@ -132,14 +149,14 @@ def test_each_gpu_has_its_library(
     gpu = Gpu(monkeypatch, major, installed)
     for _ in range(2):  # a second model finds what the first has loaded
         assert gpu.read(block_size=block_size) == found
-    assert gpu.checked == 2
+    assert gpu.checked == [found, found]
 
 
 @pytest.mark.parametrize(
     ("major", "dtype", "says"),
     [
-        (9, torch.bfloat16, "FA3 cannot be loaded.*install it, or set block_size to 256"),
-        (8, torch.bfloat16, "blocks of 256 tokens, found block_size 16"),
+        (9, torch.bfloat16, "FA3 cannot be loaded .*; FA2 reads blocks of 256 tokens, found .* 16"),
+        (8, torch.bfloat16, "FA2 reads blocks of 256 tokens, found block_size 16"),
         (9, torch.float32, "bfloat16 and float16, not float32"),
     ],
 )
@@ -148,6 +165,25 @@ def test_what_is_missing_is_said(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         Gpu(monkeypatch, major, set()).read(dtype=dtype)
+
+
+def test_where_one_library_is_wrong_torch_s_own_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch, 9, {"FA3"}, broken="FA3")
+    assert gpu.read(block_size=256) == "FA2"
+    assert gpu.checked == ["FA3", "FA2"]
+    with pytest.raises(ConfigError, match="FA2 reads blocks of 256"):
+        gpu.read(block_size=16)
+
+
+def test_what_one_model_goes_by_stays_whatever_another_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = Gpu(monkeypatch, 9, {"FA3"})
+    assert gpu.read(block_size=256) == "FA3"
+    gpu.broken = "FA3"  # for the shape of the second
+    with pytest.raises(ConfigError, match="FA3 reads pages wrongly"):
+        gpu.read(block_size=256)
+    assert gpu.active == "FA3"
 
 
 def test_an_older_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +218,22 @@ def test_a_choice_that_cannot_be_met_is_refused_and_auto_goes_on(
     Gpu(monkeypatch, 9, {"FA3"})
     monkeypatch.setattr(target.decoder.groups[0], "dtype", torch.bfloat16)
     assert reader("auto", CUDA) == reader("flash", CUDA) == "FA3"
+
+
+def test_kv_of_a_gpu_that_others_shall_map_is_refused_with_a_reason(
+    tiny: Callable[..., Path],
+) -> None:
+    config = make_config({"model": str(tiny(seed=0)), "kv_cache_memory": "1MiB"})
+    target = loading.load(config, solo_mesh()).target
+    assert target is not None
+    with pytest.raises(ConfigError, match="KV in the memory of cuda cannot be sent"):
+        Model(
+            target.decoder,
+            num_blocks=8,
+            block_size=16,
+            max_len=64,
+            kv_dtype=torch.bfloat16,
+            device=CUDA,
+            shared=True,
+            attention="FA3",
+        )

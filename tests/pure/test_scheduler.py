@@ -1175,6 +1175,7 @@ class AnyHistory(RuleBasedStateMachine):
         drafts=st.integers(0, 4),
         method=st.sampled_from(["draft_model", "ngram", "combined"]),
         adaptive=st.booleans(),
+        may_interleave=st.booleans(),
         tree=st.sampled_from(
             [
                 None,
@@ -1196,6 +1197,7 @@ class AnyHistory(RuleBasedStateMachine):
         drafts: int,
         method: str,
         adaptive: bool,
+        may_interleave: bool,
         tree: DraftShape | None,
         caching: bool,
         seed: int,
@@ -1210,6 +1212,7 @@ class AnyHistory(RuleBasedStateMachine):
                 drafts=drafts,
                 method=method,
                 adaptive=adaptive,
+                may_interleave=may_interleave,
                 tree=tree,
                 enable_prefix_caching=caching,
                 priority_ageing_s=0.005,

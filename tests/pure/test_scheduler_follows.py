@@ -4,12 +4,14 @@ have been accepted, and nobody kept waiting for it."""
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from tests.pure.test_scheduler import EOS, Run, make, make_request, only, solo
 from tests.pure.test_scheduler_transfers import produce
 
+from paceline.runtime.schedule.draft_length import StepCost
 from paceline.runtime.schedule.scheduler import GUILTY
 from paceline.runtime.types import DraftShape, Request, StepPlan
 
@@ -225,3 +227,78 @@ def test_a_crash_counts_once_for_a_request_in_two_steps() -> None:
         assert running.strikes == count
     run.finish()
     assert len(run.text_of("a")) == 30
+
+
+# ----------------------------------------------------------------------------- what is learnt of steps
+
+
+def test_what_is_accepted_is_credited_to_the_way_that_drafted_it() -> None:
+    """A tree of eight nodes that is accepted to its depth is no chain of eight that is not."""
+    tree = DraftShape(kind="beam", width=3, nodes=8)
+    for seed in range(6):
+        limits = {"drafts": 3, "adaptive": True, "tree": tree, "rows": 64, "num_blocks": 1000}
+        run = Run(make(async_scheduling=True, **limits), seed=seed)
+        run.add(make_request(max_tokens=1500))
+        run.finish()
+
+
+def test_a_drafter_that_reads_along_does_not_lag_behind_the_prompt() -> None:
+    run = following(drafts=3, rows=64)
+    run.add(make_request(prompt=50, max_tokens=20))
+    run.send()
+    run.send()
+    (running,) = run.scheduler._running
+    assert running.draft is not None
+    assert running.draft.lag == 1
+    run.finish()
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_steps_without_drafts_are_tried_one_at_a_time(overlaps: bool) -> None:
+    run = Run(make(async_scheduling=overlaps, drafts=3, adaptive=True, rows=64, num_blocks=300))
+    run.worker.chance = AcceptsAll()
+    run.add(make_request(max_tokens=800))
+    run.finish()
+    plain = [plan.step for plan in run.plans if plan.scheduled and not only(plan).num_draft_tokens]
+    tried = [step for step in plain if 40 < step < plain[-1] - 2]
+    assert len(tried) > 1
+    assert all(after - before > 1 for before, after in pairwise(tried))
+
+
+def test_costs_are_of_rows_that_were_there_though_a_text_has_ended() -> None:
+    costs: list[StepCost] = []
+    for seed in range(20):
+        run = Run(make(async_scheduling=True, drafts=8, adaptive=True, rows=64), seed=seed)
+        run.scheduler._drafts.observe = costs.append  # type: ignore[method-assign]
+        run.add(ending_by_itself("a"), make_request("b", max_tokens=40))
+        run.finish()
+    assert any(cost.drafting.num_requests == 1 for cost in costs)
+    for cost in costs:
+        assert cost.first_rows >= bool(cost.num_passes)
+        assert cost.num_accepted <= 8 * cost.drafting.num_requests
+
+
+def test_nothing_follows_a_step_whose_stages_have_threads_of_their_own() -> None:
+    """The way that the batch goes may change while one is in flight."""
+    run = Run(make(async_scheduling=True, flights=2, drafts=2, rows=64))
+    run.add(make_request(max_tokens=30))
+    run.step()
+    run.send()
+    assert not run.plans[-1].alone
+    run.scheduler._drafts.plans_in_flight = 1
+    assert not run.scheduler.may_plan
+    run.receive()
+    run.send()
+    assert run.plans[-1].alone
+    assert run.scheduler.may_plan
+    run.finish()
+
+
+def test_who_waits_for_blocks_holds_up_nothing() -> None:
+    run = following(num_blocks=12, rows=64, enable_prefix_caching=False)
+    run.add(make_request("a", prompt=30, max_tokens=14), make_request("b", prompt=20, max_tokens=6))
+    run.step()
+    assert run.scheduler.status().num_waiting == 1
+    followed = sum(len(run.in_flight) == 1 for _ in range(6) if run.step())
+    assert followed == 6
+    run.finish()
