@@ -16,11 +16,8 @@ import statistics
 from typing import Any
 
 from benchmarks import pipeline, prompts, report
-from paceline.runtime.config import make_config
 from paceline.runtime.engine import Engine
-from paceline.runtime.local import local_engine
 from paceline.runtime.models.weights import find_model
-from paceline.runtime.preflight import examine
 from paceline.runtime.tokenizer import Tokenizer
 from paceline.runtime.types import EngineStatus
 
@@ -30,27 +27,6 @@ EXPECTED = {
     "a core left, plain, batch 1": (">=", 1.0),
     "a core left, drafting, batch 1": (">=", 1.0),
 }
-
-
-def start(args: argparse.Namespace, *, ranks: int, drafts: bool, overlaps: bool) -> Engine:
-    settings: dict[str, Any] = {
-        "model": args.model,
-        "dtype": args.dtype,
-        "device": "cpu",
-        "kv_cache_memory": "256MiB",
-        "tensor_parallel_size": ranks,
-        "cpu_threads": 1,
-        "distributed_executor_backend": "mp",
-        "enable_prefix_caching": False,
-        "async_scheduling": overlaps,
-    }
-    if drafts:
-        settings["speculative_config"] = {
-            "model": args.speculative_model,
-            "num_speculative_tokens": args.num_speculative_tokens,
-        }
-    config = make_config(settings)
-    return local_engine(config, examine(config))
 
 
 def gap_ms(status: EngineStatus) -> float:
@@ -64,7 +40,7 @@ def gap_ms(status: EngineStatus) -> float:
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    args = pipeline.parser(__doc__, texts=9).parse_args()
     if args.quick:
         args.texts, args.max_tokens = 1, min(args.max_tokens, 32)
     tokenizer = Tokenizer(find_model(args.model))
@@ -73,8 +49,11 @@ def main() -> None:
     made = report.Report(name="async_scheduling", settings=dict(vars(args)), expected=EXPECTED)
     for (place, ranks), drafts in itertools.product(PLACES.items(), (False, True)):
         name = f"{place}, {'drafting' if drafts else 'plain'}"
+        spec: dict[str, Any] | None = {} if drafts else None
         engines = {
-            overlaps: start(args, ranks=ranks, drafts=drafts, overlaps=overlaps)
+            overlaps: pipeline.start(
+                args, spec, tensor_parallel_size=ranks, async_scheduling=overlaps
+            )
             for overlaps in (False, True)
         }
         try:
@@ -139,17 +118,6 @@ def _table(rows: list[report.Row]) -> list[report.Row]:
             }
         )
     return found
-
-
-def _parser() -> argparse.ArgumentParser:
-    made = report.parser(__doc__)
-    made.add_argument("--dtype", default="bfloat16")
-    made.add_argument("--temperature", type=float, default=0.0)
-    made.add_argument("--num-speculative-tokens", type=int, default=5)
-    made.add_argument("--prompt-length", type=int, default=128)
-    made.add_argument("--max-tokens", type=int, default=128)
-    made.add_argument("--texts", type=int, default=9, help="Batches of texts, each once.")
-    return made
 
 
 if __name__ == "__main__":

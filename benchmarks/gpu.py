@@ -263,18 +263,10 @@ def ways(device: torch.device, decoder: Decoder) -> list[Way]:
     """All that can be had here."""
     if device.type != "cuda":
         return [Way(played=False, attention="")]
-    arch, readers = decoder.arch, [""]
+    readers = [""]
     try:
-        readers.append(
-            read_pages(
-                device,
-                dtype=torch.bfloat16,
-                num_queries=arch.num_heads // arch.num_kv_heads,
-                head_dim=arch.head_dim,
-                block_size=BLOCK_SIZE,
-                windows=False,
-            )
-        )
+        found = read_pages(decoder.arch, device, dtype=torch.bfloat16, block_size=BLOCK_SIZE)
+        readers.append(found)
     except ConfigError as error:
         report.say(str(error))
     return [Way(played, attention) for attention in readers for played in (False, True)]

@@ -41,8 +41,9 @@ SHOWN_MS = 40.0
 """Of a time line."""
 
 
-def start(args: argparse.Namespace, spec: dict[str, Any] | None) -> Engine:
-    """Two ranks, each with a core; the target has one of them where the drafter is ahead."""
+def start(args: argparse.Namespace, spec: dict[str, Any] | None, **engine: Any) -> Engine:
+    """Two ranks, each with a core; the target has one of them where the drafter is ahead. `engine`
+    goes before that."""
     ahead = spec is not None and spec.get("schedule") == "ahead"
     settings: dict[str, Any] = {
         "model": args.model,
@@ -53,6 +54,7 @@ def start(args: argparse.Namespace, spec: dict[str, Any] | None) -> Engine:
         "cpu_threads": 1,
         "distributed_executor_backend": "mp",
         "enable_prefix_caching": False,
+        **engine,
     }
     if spec is not None:
         settings["speculative_config"] = {
@@ -132,7 +134,9 @@ def _spans_of(step: StepStats) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    flags = parser(__doc__, texts=4)
+    flags.add_argument("--rounds", type=int, default=3)
+    args = flags.parse_args()
     if args.quick:
         args.rounds, args.max_tokens = 1, min(args.max_tokens, 32)
     tokenizer = Tokenizer(find_model(args.model))
@@ -200,15 +204,15 @@ def _ratios(table: list[report.Row]) -> dict[str, float]:
     return ratios
 
 
-def _parser() -> argparse.ArgumentParser:
-    made = report.parser(__doc__)
+def parser(doc: str | None, *, texts: int) -> argparse.ArgumentParser:
+    """The flags of benchmarks that continue batches of texts."""
+    made = report.parser(doc)
     made.add_argument("--dtype", default="bfloat16")
     made.add_argument("--temperature", type=float, default=0.0)
     made.add_argument("--num-speculative-tokens", type=int, default=5)
     made.add_argument("--prompt-length", type=int, default=128)
     made.add_argument("--max-tokens", type=int, default=128)
-    made.add_argument("--texts", type=int, default=4, help="Batches of texts, each once.")
-    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--texts", type=int, default=texts, help="Batches of texts, each once.")
     return made
 
 

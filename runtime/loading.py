@@ -129,16 +129,9 @@ def page_reader(config: EngineConfig, decoder: Decoder, device: torch.device) ->
     wanted = config.attention_backend
     if wanted == "sdpa" or (wanted == "auto" and device.type == "cpu"):
         return ""
-    arch = decoder.arch
+    dtype = decoder.groups[0].dtype
     try:
-        return read_pages(
-            device,
-            dtype=decoder.groups[0].dtype,
-            num_queries=arch.num_heads // arch.num_kv_heads,
-            head_dim=arch.head_dim,
-            block_size=config.block_size,
-            windows=any(arch.windows),
-        )
+        return read_pages(decoder.arch, device, dtype=dtype, block_size=config.block_size)
     except ConfigError as error:
         if wanted != "auto":
             raise ConfigError(f"attention_backend {wanted}: {error}") from error

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from paceline.runtime.errors import ConfigError
 from paceline.runtime.layers.sight import Pages
+from paceline.runtime.models.arch import Architecture
 
 LIBRARIES = {9: ["FA3"], 10: ["FA4"]}
 """By compute capability."""
@@ -72,17 +73,10 @@ def attend_pages(
 
 
 def read_pages(
-    device: torch.device,
-    *,
-    dtype: torch.dtype,
-    num_queries: int,
-    head_dim: int,
-    block_size: int,
-    windows: bool,
+    arch: Architecture, device: torch.device, *, dtype: torch.dtype, block_size: int
 ) -> str:
-    """Makes ready what reads pages of `dtype` on this GPU, and names it. `num_queries` is of query
-    heads per key; `windows` says whether any layer has one. Raises ConfigError where nothing does, with
-    what is missing."""
+    """Makes ready what reads pages of `dtype` on this GPU for such a model, and names it. Raises
+    ConfigError where nothing does, with what is missing."""
     if device.type != "cuda":
         raise ConfigError(f"FlashAttention runs on GPUs, not on {device}")
     if dtype not in (torch.bfloat16, torch.float16):
@@ -95,14 +89,16 @@ def read_pages(
     # torch uses one library in all of a process
     for library in _in_use or [*LIBRARIES.get(major, []), OWN]:
         try:
-            _load(library, block_size=block_size)
+            _load(library)
+            if library == OWN and block_size % 256:
+                raise ConfigError(f"reads blocks of 256 tokens, found block_size {block_size}")
             check_pages(
                 device,
                 dtype=dtype,
-                num_queries=num_queries,
-                head_dim=head_dim,
+                num_queries=arch.num_heads // arch.num_kv_heads,
+                head_dim=arch.head_dim,
                 block_size=block_size,
-                windows=windows,
+                windows=any(arch.windows),
             )
         except ConfigError as error:
             tried.append(f"{library} {error}")
@@ -123,10 +119,10 @@ def check_pages(
     block_size: int,
     windows: bool = True,
 ) -> None:
-    """Solve a small problem with pages and without: a text that is verified, one that decodes and a
-    segment without rows, in blocks that lie anyhow; with a window too where there are `windows`. Queries
-    resemble the first and the last key that they may see, and the keys beside those, which they may
-    not. Raises ConfigError if the results differ."""
+    """Solve a small problem with pages and without, `num_queries` query heads per key: a text that is
+    verified, one that decodes and a segment without rows, in blocks that lie anyhow; with a window too
+    where there are `windows`. Queries resemble the first and the last key that they may see, and the
+    keys beside those, which they may not. Raises ConfigError if the results differ."""
     made = torch.Generator().manual_seed(1)
     counts, ends = (3, 1, 0), (block_size + 9, 2 * block_size - 1, 0)
     blocks = torch.tensor([[2, 4], [3, 0], [0, 0]])
@@ -167,15 +163,12 @@ def check_pages(
             raise ConfigError(f"reads pages wrongly here: results differ by {difference:.2g}")
 
 
-def _load(library: str, *, block_size: int | None = None) -> None:
-    """Have torch use it, in all of this process. Raises ConfigError where it cannot, or where it does
-    not read blocks of this size."""
+def _load(library: str) -> None:
+    """Have torch use it, in all of this process. Raises ConfigError where it cannot."""
     from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
     if library == OWN:
         restore_flash_attention_impl(_raise_warn=False)
-        if block_size is not None and block_size % 256:
-            raise ConfigError(f"reads blocks of 256 tokens, found block_size {block_size}")
     elif library != _loaded():
         try:
             activate_flash_attention_impl(library)

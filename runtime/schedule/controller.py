@@ -176,16 +176,17 @@ class Controller:
         index = self._pick(batches, num_requests)
         self._latest, self._way = batches, self._ways[index]
         drafting = self._way.policy.choose(states, rows=rows)
-        for state in states:
-            state.way = index
-            if self._way.tree is None:
+        if self._way.tree is None:
+            for state in states:
                 state.tree = None
         return drafting._replace(
             num_requests=len(states), form=self._way.form, way=index, size=size
         )
 
-    def verified(self, state: DraftState, *, num_drafted: int, num_accepted: int) -> None:
-        policy = self._ways[state.way].policy
+    def verified(
+        self, state: DraftState, *, num_drafted: int, num_accepted: int, way: int = 0
+    ) -> None:
+        policy = self._ways[way].policy
         policy.verified(state, num_drafted=num_drafted, num_accepted=num_accepted)
 
     def observe(self, cost: StepCost) -> None:

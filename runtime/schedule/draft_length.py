@@ -88,8 +88,6 @@ class DraftState:
     """The choice."""
     tree: DraftShape | None = None
     """How these branch: chosen as well."""
-    way: int = 0
-    """Of those of a `Controller`, the one that chose, or chose what is verified."""
     drafter: DrafterName = "draft_model"
     model: Acceptance = field(default_factory=Acceptance)
     ngram: Acceptance = field(default_factory=Acceptance)
@@ -155,8 +153,10 @@ class DraftPolicy(Protocol):
         """Set `num_tokens` and `drafter` of every state. `rows`: those of the target's pass without
         any drafts. `num_running` counts the requests of all steps in flight, if others may be."""
 
-    def verified(self, state: DraftState, *, num_drafted: int, num_accepted: int) -> None:
-        """A request's drafts were verified."""
+    def verified(
+        self, state: DraftState, *, num_drafted: int, num_accepted: int, way: int = 0
+    ) -> None:
+        """A request's drafts were verified; `way` is that of the `Drafting` which they were chosen in."""
 
     def observe(self, cost: StepCost) -> None:
         """A step is over."""
@@ -204,7 +204,9 @@ class FixedDrafts:
                     state.tree = self._tree
         return Drafting()
 
-    def verified(self, state: DraftState, *, num_drafted: int, num_accepted: int) -> None:
+    def verified(
+        self, state: DraftState, *, num_drafted: int, num_accepted: int, way: int = 0
+    ) -> None:
         """Learns nothing."""
 
     def observe(self, cost: StepCost) -> None:
@@ -436,7 +438,14 @@ class AdaptiveDrafts:
             self._explore(states, rows=rows)
         return drafting
 
-    def verified(self, state: DraftState, *, num_drafted: int, num_accepted: int) -> None:
+    def verified(
+        self,
+        state: DraftState,
+        *,
+        num_drafted: int,
+        num_accepted: int,
+        way: int = 0,  # noqa: ARG002
+    ) -> None:
         own = state.model if state.drafter == "draft_model" else state.ngram
         decay = self._OWN_DECAY
         own.accepted = own.accepted * decay + num_accepted

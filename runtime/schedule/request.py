@@ -135,6 +135,11 @@ class RunningRequest:
         return self.num_output == self.num_resumed
 
     @property
+    def draft_read(self) -> int:
+        """Leading tokens that the draft model has read, as far as is known here."""
+        return max(self.draft_seen, self.draft_exact)
+
+    @property
     def tokens_left(self) -> int:
         return self.request.max_tokens - self.num_output
 

@@ -155,8 +155,6 @@ class _Share:
     tree: DraftShape | None = None
     length: int = 0
     """Its committed tokens; while an earlier step with it is not answered, the most they can be."""
-    way: int = 0
-    """Of a `Controller`: which chose. The request's own may be that of a later step."""
 
     @property
     def num_draft_rows(self) -> int:
@@ -482,7 +480,7 @@ class Scheduler:
             draft = running.draft
             shares.append(_Share(running, 1, held, draft=draft, length=longest))
             if draft is not None:
-                read = max(running.draft_seen, running.draft_exact)
+                read = running.draft_read
                 if before.num_draft_tokens:  # all but the last of them
                     read = longest - 2
                 elif before.read_draft:
@@ -517,7 +515,7 @@ class Scheduler:
             draft = running.draft
             if draft is None or length == running.num_prompt:
                 continue
-            self._allow(draft, running, length, read=max(running.draft_seen, running.draft_exact))
+            self._allow(draft, running, length, read=running.draft_read)
             drafting.append(draft)
         free_rows = for_drafts = self.limits.max_num_batched_tokens - num_rows
         has_seat = self._num_waiting > 0 and len(self._running) < self._seats
@@ -920,8 +918,6 @@ class Scheduler:
         running = share.running
         running.in_flight += 1
         draft = share.draft
-        if draft is not None:
-            share.way = draft.way
         num_drafts = share.num_draft_tokens
         drafter = draft.drafter if num_drafts and draft is not None else "draft_model"
         blocks = running.blocks
@@ -996,6 +992,8 @@ class Scheduler:
                 read = min(running.seen + share.num_tokens, running.num_prompt) - running.seen
                 self._totals["prompt"] += read
             if each.token_ids:
+                if share.num_draft_tokens:
+                    self._learn(share, each, way=flight.drafting.way)
                 deltas.append(self._take(share, each, result.times, now_s=now_s))
             else:
                 if not running.is_first:
@@ -1013,8 +1011,6 @@ class Scheduler:
         """A round's tokens: what is passed on of them."""
         running = share.running
         is_first = running.is_first
-        if share.num_draft_tokens:
-            self._learn(share, each)
         if running.request.produce is not None:
             self._hand_over(running, each)
         running.strikes = 0
@@ -1055,7 +1051,7 @@ class Scheduler:
             metrics=None if end is None else running.metrics(),
         )
 
-    def _learn(self, share: _Share, each: RequestResult) -> None:
+    def _learn(self, share: _Share, each: RequestResult, *, way: int) -> None:
         """Count a round's drafts, before its tokens are taken."""
         totals, running, draft = self._totals, share.running, share.draft
         assert draft is not None, f"{running.request_id} drafted without being asked"
@@ -1068,9 +1064,8 @@ class Scheduler:
             totals["drafted"] += each.num_drafted
             totals["accepted"] += each.num_accepted
             self._accepted[each.num_accepted] += 1
-            draft.way = share.way
             self._drafts.verified(
-                draft, num_drafted=each.num_drafted, num_accepted=each.num_accepted
+                draft, num_drafted=each.num_drafted, num_accepted=each.num_accepted, way=way
             )
 
     def _observe(self, flight: _Flight, result: StepResult, *, now_s: float) -> None:
@@ -1109,8 +1104,7 @@ class Scheduler:
                 drafting = drafting._replace(num_requests=drafting.num_requests - 1)
             draft = share.draft if self.tails is None else None
             if num_drafts and draft is not None and draft.drafter == "draft_model":
-                running = share.running
-                lag = len(running.token_ids) - max(running.draft_seen, running.draft_exact)
+                lag = len(share.running.token_ids) - share.running.draft_read
                 first_rows += max(1, lag)  # of a text that has ended the end was cut off
                 num_passes = max(num_passes, num_drafts)
                 later_rows += share.num_draft_rows - 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.cpu.test_attention import architecture
 from tests.flash import attention, flash_on_cpu
 from torch import Tensor
 
@@ -128,9 +129,7 @@ class Gpu:
             raise ConfigError("reads pages wrongly")
 
     def read(self, *, block_size: int = 16, dtype: torch.dtype = torch.bfloat16) -> str:
-        return read_pages(
-            CUDA, dtype=dtype, num_queries=1, head_dim=64, block_size=block_size, windows=False
-        )
+        return read_pages(architecture(64), CUDA, dtype=dtype, block_size=block_size)
 
 
 @pytest.mark.parametrize(
